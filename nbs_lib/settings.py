@@ -68,7 +68,7 @@ class Data(Section):
 class Gate(Section):
     "What a candidate must show to become the production model."
     min_accuracy: float = key(0.85, "every target's accuracy on the test split", "fraction", ge=0, le=1)
-    margin: float = key(0.01, "how far the lower 95 % bound of the accuracy difference may lie below zero", "fraction", ge=0, le=1)
+    margin: float = key(0.02, "how far the lower 95 % bound of the accuracy difference may lie below zero", "fraction", ge=0, le=1)
     class_margin: float = key(0.05, "how much recall a class may lose before it counts, if chance does not explain it", "fraction", ge=0, le=1)
     resamples: int = key(2000, "resamples of the paired bootstrap", "resamples", ge=100, le=100_000)
 

@@ -1,0 +1,50 @@
+# make loop      set up, then download, train, evaluate and gate the embedded recipe; RECIPE=name SOURCE=folder-or-zip for your own photos
+# make test      set up, then run all tests
+# make install   set up alone: .venv with the command `loopbook`
+# make lab       open the notebooks in JupyterLab
+# make notebooks after editing notebooks: clean them and export them to nbs_lib
+# make check     are the notebooks clean, is nbs_lib in step with them, does ruff find anything
+# make bench     measure, beside what people use today
+# make lock      pin the newest versions that pyproject.toml allows
+
+PYTHON ?= python3
+BIN := .venv/bin
+UV = $(shell command -v uv || echo $(BIN)/uv)
+TESTS ?= tests
+WORKERS ?= auto
+export UV_LINK_MODE ?= hardlink
+
+.PHONY: install loop test lab notebooks check bench lock
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Loopbook needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+loop: install
+	@$(BIN)/loopbook loop $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SOURCE),--source "$(SOURCE)")
+
+test: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+lab: install
+	$(BIN)/jupyter lab notebooks
+
+notebooks: install
+	$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+check: install
+	$(BIN)/python -m pytest tests/test_project.py
+	$(BIN)/ruff check .
+
+bench: install
+	$(BIN)/python tests/bench/bench.py
+
+lock: install
+	$(UV) pip compile --quiet --universal --upgrade --no-header --no-annotate --no-emit-index-url --python-version 3.11 --extra dev pyproject.toml --output-file constraints.txt

@@ -10,10 +10,8 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-
-from filelock import FileLock
 
 from .settings import UserError
 
@@ -41,7 +39,7 @@ class Version:
 
 def utc(time: str) -> str:
     "A time in ISO format, brought to UTC and milliseconds."
-    return datetime.fromisoformat(time).astimezone(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.fromisoformat(time).astimezone(UTC).isoformat(timespec="milliseconds")
 
 # %% ../notebooks/10_artifacts.ipynb #7abb670e
 def check_name(name: str, what: str = "artifact") -> str:
@@ -77,10 +75,12 @@ def files_in(folder: Path) -> dict[str, Path]:
 # %% ../notebooks/10_artifacts.ipynb #5c26ad03
 def whole_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     "Create the folder `target` with what `fill(folder)` writes, unless it exists; never a part of it, at no moment."
+    from filelock import FileLock
     target = Path(target)
     if target.exists(): return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    lock = target.with_name(f".{target.name}.lock")
+    with FileLock(lock):
         if target.exists(): return target
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -90,6 +90,7 @@ def whole_folder(target: Path, fill: Callable[[Path], None]) -> Path:
             shutil.rmtree(part, ignore_errors=True)
             raise
         part.rename(target)
+    lock.unlink(missing_ok=True)  # who still waits for it will see the target
     return target
 
 # %% ../notebooks/10_artifacts.ipynb #a3d826a7

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .imports import load_vision
 from .settings import UserError
 
 if TYPE_CHECKING: import torch
@@ -29,6 +30,7 @@ class Preprocessing:
 
 def preprocessing_of(model: torch.nn.Module, size: int | None = None) -> Preprocessing:
     "How a timm `model` wants its images; `size` overrides its own (pixels)."
+    load_vision()
     from timm.data import resolve_model_data_config
     config = resolve_model_data_config(model)
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
@@ -37,6 +39,7 @@ def preprocessing_of(model: torch.nn.Module, size: int | None = None) -> Preproc
 # %% ../notebooks/25_backbone.ipynb #d1156b07
 def preprocess(data: bytes, how: Preprocessing) -> torch.Tensor:
     "An image file's bytes as uint8 (3, size, size) RGB; raises `BadImage`."
+    load_vision()
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
@@ -74,6 +77,7 @@ def _load_file(model: torch.nn.Module, file: Path) -> None:
 
 def create_backbone(name: str, weights: str = "", pretrained: bool = True) -> torch.nn.Module:
     "A timm model without its classifier, in eval mode: (n, 3, s, s) float32 -> (n, d) features; raises `UserError`."
+    load_vision()
     import timm
     if not timm.is_model(name):
         near = timm.list_models(f"*{name[:8]}*")[:3]

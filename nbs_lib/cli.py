@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
@@ -19,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Image classifiers that keep learning, kept entirely in notebooks.",
                   epilog="Begin with [bold]loopbook loop[/bold], then look at [bold]outputs/[/bold] and [bold]loopbook dashboard[/bold].")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-RecipeName = Annotated[Optional[str], typer.Option("--recipe", metavar="R", help="Recipe of settings.ini; the one under [[project]] where not given.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="R", help="Recipe of settings.ini; the one under [[project]] where not given.")]
 
 # %% auto #0
 __all__ = ['app', 'Json', 'RecipeName', 'COLOURS', 'run', 'loop', 'runs', 'datasets', 'models', 'dashboard', 'promote',
@@ -98,9 +99,9 @@ class _Pairs(TyperCommand):
 
 @app.command(cls=_Pairs, epilog="Examples:  loopbook run train -p epochs 3 -p mode finetune  ·  loopbook run my.ipynb --timeout 3600")
 def run(notebook: Annotated[str, typer.Argument(help="A notebook's path, or a step's name: download, train, evaluate…")],
-        parameter: Annotated[Optional[list[str]], typer.Option("-p", "--parameter", metavar="NAME VALUE", help="Set a parameter; may be repeated.")] = None,
-        kernel: Annotated[Optional[str], typer.Option(metavar="K", help="Jupyter kernel; the notebook's own where not given.")] = None,
-        timeout: Annotated[Optional[float], typer.Option(metavar="S", help="Stop the run after so many seconds.")] = None,
+        parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE", help="Set a parameter; may be repeated.")] = None,
+        kernel: Annotated[str | None, typer.Option(metavar="K", help="Jupyter kernel; the notebook's own where not given.")] = None,
+        timeout: Annotated[float | None, typer.Option(metavar="S", help="Stop the run after so many seconds.")] = None,
         as_json: Json = False):
     "Execute one notebook, keep it and its HTML in outputs/."
     from nbs_lib.pipeline import find_notebook, run_notebook
@@ -115,7 +116,7 @@ def run(notebook: Annotated[str, typer.Argument(help="A notebook's path, or a st
 # %% ../notebooks/60_cli.ipynb #17642f06
 @app.command(epilog="Examples:  loopbook loop  ·  loopbook loop --recipe faces --source photos.zip  ·  loopbook loop --force --json")
 def loop(recipe: RecipeName = None,
-         source: Annotated[Optional[str], typer.Option(metavar="S", help="Folder, zip, address or dataset; the recipe's own where not given.")] = None,
+         source: Annotated[str | None, typer.Option(metavar="S", help="Folder, zip, address or dataset; the recipe's own where not given.")] = None,
          force: Annotated[bool, typer.Option("--force", help="Run all steps, changed or not.")] = False,
          as_json: Json = False):
     "Download, train and evaluate what has changed, and promote a better model."
@@ -144,7 +145,7 @@ def runs(as_json: Json = False):
     from nbs_lib.runs import recent
     found = recent()
     if as_json: return _print_json([vars(r) for r in found])
-    took = lambda r: f"{r.seconds:.1f} s" if r.seconds is not None else ""
+    def took(run): return f"{run.seconds:.1f} s" if run.seconds is not None else ""
     _table(["run", "status", "took", "cell", "started by", "error"], [(r.id, r.status, took(r), r.cell, r.trigger, r.error) for r in found])
 
 def _versions(type: str, as_json: bool, columns: dict[str, Callable]) -> None:
@@ -153,8 +154,9 @@ def _versions(type: str, as_json: bool, columns: dict[str, Callable]) -> None:
     found = [v for name in tracker.artifacts(type) for v in tracker.versions(name)]
     if as_json: return _print_json([vars(v) | {"ref": v.ref} for v in found])
     if not found: return print(f"no {type} yet; `loopbook loop` makes one")
-    row = lambda v: (v.ref, ", ".join(v.aliases), *(show(v.metadata) for show in columns.values()), f"{v.size / 1e6:.1f} MB", v.created_at[:16].replace("T", " "))
-    _table([type, "aliases", *columns, "size", "made (UTC)"], map(row, found))
+    _table([type, "aliases", *columns, "size", "made (UTC)"],
+           [(v.ref, ", ".join(v.aliases), *(show(v.metadata) for show in columns.values()), f"{v.size / 1e6:.1f} MB",
+             v.created_at[:16].replace("T", " ")) for v in found])
 
 @app.command(epilog="Examples:  loopbook datasets  ·  loopbook datasets --json")
 def datasets(as_json: Json = False):
@@ -170,7 +172,9 @@ def models(as_json: Json = False):
 @app.command(epilog="Example:  loopbook dashboard")
 def dashboard():
     "Open the dashboard of all runs, metrics and versions."
-    print(_tracker()[1].open_dashboard())
+    _, tracker = _tracker()
+    address = tracker.open_dashboard()
+    if tracker.backend != "trackio": print(address)               # Trackio has said its own, and served it until Ctrl-C
 
 # %% ../notebooks/60_cli.ipynb #b23a9e0a
 @app.command(epilog="Examples:  loopbook promote v3  ·  loopbook promote candidate --recipe faces")
@@ -192,15 +196,14 @@ def rollback(recipe: RecipeName = None):
 # %% ../notebooks/60_cli.ipynb #e0e99332
 def _images(paths: Iterable[Path]) -> Iterator[Path]:
     "The files at `paths`, and the images in the folders among them; raises `UserError` for what does not exist."
-    from PIL import Image
+    from nbs_lib.archives import SUFFIXES
     from nbs_lib.settings import UserError
-    Image.init()
     for path in paths:
         if not path.exists(): raise UserError(f"{path}: no such file or folder")
-        yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file()) if path.is_dir() else [path]
+        yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else [path]
 
-def _predict(model, files: Iterable[Path], max_megapixels: float, batch: int = 32) -> Iterator[tuple[Path, dict | None, str | None]]:
-    "Each file with its probabilities, or with what is wrong with it."
+def _predict(load: Callable, files: Iterable[Path], max_megapixels: float, batch: int = 32) -> Iterator[tuple[Path, dict | None, str | None]]:
+    "Each file with its probabilities, or with what is wrong with it; `load()` gives the model, and is called when an image could be read."
     from nbs_lib.images import BadImage, check_image
     files = iter(files)
     while chunk := list(islice(files, batch)):
@@ -209,7 +212,7 @@ def _predict(model, files: Iterable[Path], max_megapixels: float, batch: int = 3
             try: check_image(data := file.read_bytes(), max_megapixels)
             except (OSError, BadImage) as error: found[file] = (None, getattr(error, "strerror", None) or str(error))
             else: good[file] = data
-        found |= {f: (row, None) for f, row in zip(good, model.predict(good.values(), batch), strict=True)}
+        if good: found |= {f: (row, None) for f, row in zip(good, load().predict(good.values(), batch), strict=True)}
         for file in chunk: yield file, *found[file]
 
 @app.command(epilog="Examples:  loopbook predict cat.jpg  ·  loopbook predict photos/ --top 3 --model candidate --json")
@@ -225,9 +228,11 @@ def predict(paths: Annotated[list[Path], typer.Argument(help="Images, or folders
     name, how = use_recipe(settings, recipe)
     version = tracker.resolve(f"{name}-model:{model}")
     if version is None: raise UserError(f"there is no model {name}-model:{model}; `loopbook models` lists them, `loopbook loop` makes one")
-    from nbs_lib.model import load_model
-    classifier = load_model(tracker.download(version.ref), how.device, how.engine, how.precision)
-    rows = list(_predict(classifier, files, settings.data.max_megapixels))
+    @cache
+    def load():
+        from nbs_lib.model import load_model
+        return load_model(tracker.download(version.ref), how.device, how.engine, how.precision)
+    rows = list(_predict(load, files, settings.data.max_megapixels))
     best = [(file, {t: dict(islice(p.items(), top)) for t, p in said.items()}) for file, said, _ in rows if said is not None]
     wrong = [(file, error) for file, said, error in rows if said is None]
     if as_json: _print_json({"model": version.ref, "predictions": [{"path": f, "targets": t} for f, t in best],
@@ -240,9 +245,10 @@ def predict(paths: Annotated[list[Path], typer.Argument(help="Images, or folders
 def main() -> None:
     "The `loopbook` command."
     import signal
-    from nbs_lib.settings import UserError
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # a stopped service leaves in order, like Ctrl-C
     try: app()
-    except UserError as error:
+    except Exception as error:
+        from nbs_lib.settings import UserError                    # imported late, as `--help` does not need it
+        if not isinstance(error, UserError): raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

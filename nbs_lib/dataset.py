@@ -235,10 +235,11 @@ def _collect(items: Iterable[Item], known: _Known, spool, limits: Data) -> tuple
     return list(rows.values()), changes, report | {"targets": list(targets)}
 
 # %% ../notebooks/22_dataset.ipynb #2c0358a6
-def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str, recipe_source: str | None = None,
+def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str | None = None, recipe_source: str | None = None,
                   parent: Dataset | None = None, limits: Data | None = None, signature: str | None = None) -> Dataset:
     """Write a dataset version of `parent` and `items` to `folder`, which must not exist; returns it, or `parent` where nothing is new.
-    `source` is what was read, `recipe_source` what the recipe said then, `signature` the source's fingerprint; raises `UserError`, then nothing is written."""
+    `source` is what was read (None: as in `parent`), `recipe_source` what the recipe said then, `signature` the source's fingerprint.
+    Raises `UserError`, then nothing is written."""
     folder, known = Path(folder), _Known(parent)
     if folder.exists(): raise FileExistsError(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -249,7 +250,7 @@ def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str
             rows, changes, report = _collect(items, known, file, limits or Data())
             if not rows and not changes: return parent
             targets = report.pop("targets")
-            if wrong := [t for t in targets if t in OWN]: raise UserError(f"{source}: a target cannot be called {wrong[0]!r}; rename that column")
+            if wrong := [t for t in targets if t in OWN]: raise UserError(f"{source or name}: a target cannot be called {wrong[0]!r}; rename that column")
             if parent:
                 for row in rows: row["split"] = hash_split(row["id"])
             else: _deal(rows, targets[0])
@@ -263,8 +264,8 @@ def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str
             first, now = len(parent.shards) if parent else 0, datetime.now(UTC).replace(microsecond=0)
             for number, part in enumerate(_shares(rows + changes), first): _write_shard(temporary / "data" / f"{number:05}.parquet", targets, part, read, now)
         spool.unlink()
-        card = {"name": name, **_counts(parent, targets, rows, changes), "parent": parent.ref if parent else None, "source": source,
-                "recipe_source": recipe_source or source, "signature": signature, "created_at": now.isoformat(), "report": report}
+        origin = {"source": source, "recipe_source": recipe_source or source} if source else {k: parent.card[k] for k in ("source", "recipe_source")}
+        card = {"name": name, **_counts(parent, targets, rows, changes), "parent": parent.ref if parent else None, **origin, "signature": signature, "created_at": now.isoformat(), "report": report}
         (temporary / "dataset.json").write_text(json.dumps(card, ensure_ascii=False), "utf-8")
         temporary.rename(folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)

@@ -37,7 +37,6 @@ class FeatureCache:
         self.file, self.dtype = home() / "data" / "cache" / "features" / f"{name}.sqlite", dtype
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._open()) as db, db:
-            db.execute("PRAGMA journal_mode=WAL")
             db.execute("CREATE TABLE IF NOT EXISTS vectors(id TEXT PRIMARY KEY, vector BLOB NOT NULL)")
 
     def _open(self) -> sqlite3.Connection: return sqlite3.connect(self.file, timeout=60)

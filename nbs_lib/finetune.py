@@ -19,6 +19,7 @@ import torch
 from .backbone import Preprocessing, preprocess
 from .engine import Plan
 from .images import decode_rgb
+from .imports import load_vision
 from .model import Network
 from .settings import Recipe, write_atomic
 
@@ -29,6 +30,7 @@ __all__ = ['augmentation', 'Images', 'loss_of', 'make_optimizer', 'save_state', 
 # %% ../notebooks/32_finetune.ipynb #a11c8b15
 def augmentation(how: Preprocessing, crop: str):
     "uint8 (3, h, w) -> a varied uint8 (3, size, size); `crop` is random (resized crop) or whole (resize)."
+    load_vision()
     from torchvision.transforms import v2
     mode = v2.InterpolationMode(how.interpolation)
     first = v2.RandomResizedCrop(how.size, scale=(0.5, 1.0), interpolation=mode, antialias=True) if crop == "random" else v2.Resize((how.size, how.size), interpolation=mode, antialias=True)
@@ -91,7 +93,9 @@ def load_weights(file: Path, network: Network, optimizer=None) -> None:
 def train_network(network: Network, train: Images, valid: Images, recipe: Recipe, plan: Plan, folder: Path, on_epoch=None) -> None:
     "Train `network`, keeping `best.safetensors` and `last.safetensors` in `folder`; goes on from `last` where it is there."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
+    AcceleratorState._reset_state(reset_partial_state=True)  # else a notebook could not train again in another precision
     accelerator = Accelerator(mixed_precision="no" if plan.precision == "fp32" else plan.precision, cpu=plan.device == "cpu")
     workers = min(os.cpu_count() or 1, 16)
     loader = torch.utils.data.DataLoader(train, recipe.batch_size, shuffle=True, drop_last=len(train) > recipe.batch_size, num_workers=workers)

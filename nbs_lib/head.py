@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .model import softmax
 from .settings import UserError
 
 # %% auto #0
@@ -51,11 +52,7 @@ def fit_head(x: np.ndarray, y: np.ndarray, x_valid: np.ndarray, y_valid: np.ndar
     for strength in STRENGTHS if len(y_valid) else (1.0,):
         regression.set_params(C=strength).fit(scaled, y)
         head = Head(*_linear(regression, scale, mean, n_classes), strength, losses)
-        losses[strength] = log_loss(y_valid, _softmax(head.logits(x_valid)), labels=range(n_classes)) if len(y_valid) else float("nan")
+        losses[strength] = log_loss(y_valid, softmax(head.logits(x_valid)), labels=range(n_classes)) if len(y_valid) else float("nan")
         if best is None or losses[strength] < losses[best.strength]: best = head
         if list(losses).index(best.strength) <= len(losses) - 3: break
     return best
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    from scipy.special import softmax
-    return softmax(logits.astype(np.float64), axis=1)

@@ -51,15 +51,18 @@ class Body(torch.nn.Module):
 # %% ../notebooks/28_model.ipynb #4717a218
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     "Probabilities (n, classes), float64, rows summing to 1."
-    scaled = logits.astype(np.float64) / temperature
-    exp = np.exp(scaled - scaled.max(1, keepdims=True))
-    return exp / exp.sum(1, keepdims=True)
+    from scipy.special import softmax
+    return softmax(logits.astype(np.float64) / temperature, axis=1)
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    "The temperature in 0.05..20 with the least log-loss for `labels` (class numbers); 1.0 where there are none."
+    "The temperature in 0.05..20 with the least smoothed log-loss for `labels` (class numbers); 1.0 where there are none."
     from scipy.optimize import minimize_scalar
-    if not len(labels): return 1.0
-    def loss(log_t): return -np.log(softmax(logits, np.exp(log_t))[np.arange(len(labels)), labels] + 1e-12).mean()
+    from scipy.special import log_softmax
+    n, classes = logits.shape
+    if not n: return 1.0
+    wanted = np.full((n, classes), 1 / (n + classes))
+    wanted[np.arange(n), labels] = (n + 1) / (n + classes)
+    def loss(log_t): return -(wanted * log_softmax(logits.astype(np.float64) / np.exp(log_t), axis=1)).sum() / n
     return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
 
 # %% ../notebooks/28_model.ipynb #c95cc2e3

@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
 
 from . import runs
 from .parameters import checked
@@ -136,9 +136,15 @@ def load_papermill():
         @classmethod
         def execute_managed_notebook(cls, book, kernel_name, *, stop, env, log, on_cell=None, cell_timeout=None, **_):
             code = [i for i, c in enumerate(book.nb.cells) if c.cell_type == "code"]
+            save = book.save
+            def sparing(**_):                              # papermill saves twice a cell, prose too; once, before code runs, tells as much
+                if (book.now() - book.last_save_time).total_seconds() >= book.autosave_cell_every: save()
+            book.save = sparing
             def starts(cell, cell_index):
                 if stop.reason: raise KeyboardInterrupt(stop.reason)
-                if on_cell and cell.cell_type == "code": on_cell(code.index(cell_index) + 1, len(code))
+                if cell.cell_type != "code": return
+                save()
+                if on_cell: on_cell(code.index(cell_index) + 1, len(code))
             client = Client(book, kernel_name=kernel_name, kernel_manager_class=_own_kernel_manager(), timeout=cell_timeout, startup_timeout=120,
                             stdout_file=log, stderr_file=log, store_widget_state=False, on_cell_start=starts)
             client.stop = stop
@@ -153,6 +159,7 @@ def load_papermill():
                 cell, name, what = (begun or cells)[-1 if begun else 0], type(error).__name__, stop.reason or " ".join(str(error).split())
                 cell.outputs.append(new_output("error", ename=name, evalue=what, traceback=[f"\x1b[31m{name}\x1b[39m: {what}"]))
                 book.cell_exception(cell)
+            finally: del book.save
             failed = False
             for cell in book.nb.cells:
                 failed = failed or cell.metadata.papermill.status == book.FAILED
@@ -168,7 +175,7 @@ def _failure(executed: Path) -> tuple[str | None, str | None]:
     cells = [c for c in json.loads(executed.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     for number, cell in enumerate(cells, 1):
         if not cell["metadata"].get("papermill", {}).get("exception"): continue
-        error = next((o for o in cell["outputs"] if o["output_type"] == "error"), {"ename": "Error", "evalue": ""})
+        error = next((o for o in reversed(cell["outputs"]) if o["output_type"] == "error"), {"ename": "Error", "evalue": ""})
         text = re.sub(r"\x1b\[[0-9;]*m", "", f"{error['ename']}: {error['evalue']}")
         if error["ename"] == "SystemExit": text += " (a notebook has to run to its end)"
         return f"{number}/{len(cells)}", " ".join(text.split())[:500]

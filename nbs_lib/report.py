@@ -33,8 +33,8 @@ details.code { margin: .4rem 0 } details.code summary { color: var(--quiet); fon
 details.code .highlight { background: #f9fafb; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto }
 .output { overflow-x: auto; margin: .4rem 0 1rem } .output img { max-width: 100%; height: auto } .output pre { max-height: 30rem; overflow: auto }
 .output_stderr pre { color: #7a5d00 } .output_error pre { background: #fef3f2; border-left: 3px solid var(--bad); padding: .6rem .8rem; max-height: none }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #98a2b3 } .dataframe { border: 0 }
+table { border-collapse: collapse; border: 0; font-size: .85rem; margin: .5rem 0 } th, td { padding: .3rem .8rem; border: 0; border-bottom: 1px solid var(--line); text-align: right }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #98a2b3 }
 #failed { border: 2px solid var(--bad); border-radius: .5rem; padding: .3rem .8rem; scroll-margin-top: 1rem }
 .ansi-red-fg, .ansi-red-intense-fg { color: var(--bad) } .ansi-green-fg, .ansi-green-intense-fg { color: var(--good) }
 .ansi-blue-fg, .ansi-blue-intense-fg, .ansi-cyan-fg { color: #175cd3 } .ansi-yellow-fg { color: #93370d } .ansi-bold { font-weight: bold }
@@ -69,7 +69,7 @@ def _exporter():
 
 def _header(run: Run) -> str:
     "What ran, when, with what, and how it ended."
-    e = lambda text: html.escape(str(text))
+    def e(text): return html.escape(str(text))
     began = datetime.fromisoformat(run.started_at)
     facts = [f"{began:%d %B %Y, %H:%M} UTC", f"{run.seconds:.1f} s", f"started by {run.trigger}", run.id, run.commit and f"commit {run.commit}"]
     given = ", ".join(f"<code>{e(k)} = {e(repr(v))}</code>" for k, v in run.parameters.items())

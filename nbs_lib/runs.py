@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from .settings import UserError, home, repository
@@ -50,7 +50,7 @@ class Run:
     def seconds(self) -> float | None:
         "How long it took, or has been running; None of a killed run."
         if self.status != "running" and not self.ended_at: return None
-        end = datetime.fromisoformat(self.ended_at) if self.ended_at else datetime.now(timezone.utc)
+        end = datetime.fromisoformat(self.ended_at) if self.ended_at else datetime.now(UTC)
         return (end - datetime.fromisoformat(self.started_at)).total_seconds()
 
 # %% ../notebooks/50_runs.ipynb #f85deb53
@@ -60,11 +60,11 @@ def step_name(notebook: str | Path) -> str:
 
 def new_id(name: str) -> str:
     "A new id that sorts by time: `20261121T053000-train-a1b2`."
-    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{re.sub(r'[^A-Za-z0-9_]+', '-', name)[:40]}-{os.urandom(2).hex()}"
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{re.sub(r'[^A-Za-z0-9_]+', '-', name)[:40]}-{os.urandom(2).hex()}"
 
 def now() -> str:
     "The time as the rows keep it."
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 # %% ../notebooks/50_runs.ipynb #62fca607
 COLUMNS = [f.name for f in fields(Run)]

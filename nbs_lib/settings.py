@@ -121,7 +121,7 @@ SECTIONS = {"project": Project, "tracking": Tracking, "data": Data, "gate": Gate
 def _from_file(file: Path) -> dict[str, dict[str, tuple[str, str]]]:
     "Section -> key -> (text, place)."
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";",), default_section="")
-    try: parser.read(file, encoding="utf-8")
+    try: parser.read(file, encoding="utf-8-sig")
     except (configparser.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {' '.join(str(error).split())}; mend that line") from None
     return {s: {k: (v, f"{file} [{s}] {k}") for k, v in parser[s].items()} for s in parser.sections()}

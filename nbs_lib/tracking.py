@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import warnings
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from .artifacts import Version, check_alias, check_name, copy_folder, files_in, split_ref, whole_folder
@@ -28,7 +28,7 @@ def plain(value):
     "The same of dicts, lists, numbers and texts only; without passwords in addresses."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
-    if hasattr(value, "item"): return value.item()  # a number of NumPy or torch
+    if hasattr(value, "tolist"): return value.tolist()  # of NumPy or torch
     if value is None or isinstance(value, (bool, int, float)): return value
     return re.sub(r"(?<=://)[^/@\s]+@", "", str(value))
 
@@ -117,7 +117,7 @@ class Tracker:
 
     def start(self, name: str, job_type: str, group: str | None = None, config: dict | None = None) -> Run:
         "Open a run of the step `name`; the default of `group` is `$LOOPBOOK_GROUP`."
-        when = os.environ.get("LOOPBOOK_RUN_ID") or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}"
+        when = os.environ.get("LOOPBOOK_RUN_ID") or f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
         id = check_name(f"{name}-{when}-{secrets.token_hex(2)}", "run")
         config = plain(config or {}) | {"step": name, "job_type": job_type}
         return Run(self, self._backend.start(id, group or os.environ.get("LOOPBOOK_GROUP") or None, config))
@@ -147,6 +147,12 @@ class Tracker:
         check_alias(alias)
         version = self.get(ref)
         self._backend.set_alias(version.name, version.version, alias)
+        return self.get(version.ref)
+
+    def annotate(self, ref: str, metadata: dict) -> Version:
+        "Add `metadata` to what the version's card in the tracker says; the files stay as they are. Raises `UserError`."
+        version = self.get(ref)
+        self._backend.annotate(version.name, version.version, version.metadata | plain(metadata))
         return self.get(version.ref)
 
     def download(self, ref: str, folder: Path | None = None) -> Path:

@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,10 @@ class TrackioBackend:
         found = self._manifest(f"{name}:{version}")
         self.storage.reassign_alias(self.project, found["artifact_id"], alias, found["version_id"])
 
+    def annotate(self, name: str, version: str, metadata: dict) -> None:
+        found = self._manifest(f"{name}:{version}")  # storing known content again refreshes its metadata and nothing else
+        self.storage.insert_artifact_version(self.project, found["artifact_id"], found["manifest"], metadata, None, None)
+
     def files(self, ref: str) -> dict[str, Path]:
         "Path in the artifact -> stored file, of a version that exists."
         from trackio import cas
@@ -146,8 +151,9 @@ class TrackioBackend:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the token that lets a browser delete runs
             server, url, *_ = self.trackio.show(project=self.project, host="127.0.0.1", share=False, open_browser=False,
                                                 block_thread=False)
-        print(f"Trackio's dashboard: {url}?project={self.project} (stop with Ctrl+C)", flush=True)
-        from trackio.utils import block_main_thread_until_keyboard_interrupt
-        try: block_main_thread_until_keyboard_interrupt()
+        try:
+            print(f"Trackio's dashboard: {url}?project={self.project} (stop with Ctrl+C)", flush=True)
+            threading.Event().wait()
+        except KeyboardInterrupt: pass
         finally: server.close()
         return url

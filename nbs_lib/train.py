@@ -20,7 +20,7 @@ from .engine import Plan, choose
 from .features import embed
 from .finetune import Images, augmentation, finetune
 from .head import Head, fit_head
-from .model import Classifier, Network, fit_temperature, predict_dataset, save_model
+from .model import Classifier, Network, fit_temperature, predict_dataset, save_model, softmax
 from .settings import Recipe, UserError, home, load_settings, use_recipe
 from .tracking import open_tracker
 
@@ -92,7 +92,7 @@ def make_classifier(trained: Trained, dataset: Dataset, recipe: Recipe, plan: Pl
         if not known.any(): continue
         logits, y = np.log(raw[target][known] + 1e-30), y[known]
         card["temperature"][target] = temperature = fit_temperature(logits, y)
-        p = np.exp(logits / temperature) / np.exp(logits / temperature).sum(1, keepdims=True)
+        p = softmax(logits, temperature)
         card["validation"][target] = {"accuracy": float((p.argmax(1) == y).mean()), "log_loss": float(log_loss(y, p, labels=numbers)),
                                       "confusion": confusion_matrix(y, p.argmax(1), labels=numbers).tolist()}
     if trained.heads: card["strength"] = {t: float(h.strength) for t, h in trained.heads.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import netrc
 import os
+import re
 import secrets
 import shutil
 from functools import cached_property
@@ -38,7 +39,7 @@ def import_wandb(home: Path):
     "The `wandb` package: silent, and with all its files below `home / 'data'`."
     data = home / "data"
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DATA_DIR": str(data / "wandb"),
-                   "WANDB_CACHE_DIR": str(data / "cache" / "wandb"), "WANDB_ARTIFACT_DIR": str(data / "artifacts")}
+                   "WANDB_CACHE_DIR": str(data / "cache" / "wandb")}
     (data / "wandb").mkdir(parents=True, exist_ok=True)
     import wandb
     return wandb
@@ -46,9 +47,10 @@ def import_wandb(home: Path):
 @contextlib.contextmanager
 def told():
     "W&B's errors as a `UserError`."
-    import wandb
     try: yield
-    except (wandb.Error, TimeoutError) as error:
+    except Exception as error:
+        import wandb
+        if not isinstance(error, (wandb.Error, TimeoutError)): raise
         raise UserError(f"W&B says: {' '.join(str(error).split())}; check network, key and [tracking], "
                         "or set [tracking] backend = wandb-offline") from None
 
@@ -77,8 +79,8 @@ class WandbRun:
     def image(self, key: str, image) -> None: self.log({key: self._wandb.Image(image)})
 
     def table(self, key: str, columns: list[str], rows: list[list], is_image) -> None:
-        w = self._wandb
-        self.log({key: w.Table(columns=columns, data=[[w.Image(c) if is_image(c) else c for c in row] for row in rows])})
+        rows = [[self._wandb.Image(c) if is_image(c) else c for c in row] for row in rows]
+        self.log({key: self._wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
 
     def use(self, ref: str) -> None:
         with told(): self._run.use_artifact(self._backend.path(ref))
@@ -117,7 +119,7 @@ class WandbBackend:
     @cached_property
     def _api(self):
         wandb = import_wandb(self.settings.home)
-        with told(): return wandb.Api(overrides={"project": self.settings.project.name}, timeout=30)
+        with told(): return wandb.Api(overrides={"project": self.settings.project.name}, timeout=15)
 
     @cached_property
     def project(self) -> str:
@@ -163,6 +165,11 @@ class WandbBackend:
         found.aliases.append(alias)
         with told(): found.save()
 
+    def annotate(self, name: str, version: str, metadata: dict) -> None:
+        found = self._artifact(f"{name}:{version}")
+        found.metadata = metadata
+        with told(): found.save()
+
     def download(self, ref: str, folder: Path) -> None:
         with told(): self._artifact(ref).download(root=str(folder))
 
@@ -175,7 +182,8 @@ class WandbBackend:
 
     def open_dashboard(self) -> str:
         "The project's address."
-        with told(): return f"{self._api.client.app_url.rstrip('/')}/{self.project}"
+        entity, name = self.project.split("/")
+        with told(): return self._api.project(name, entity).url
 
 # %% ../notebooks/12_wandb_backend.ipynb #f780aa95
 def both(method: str):
@@ -230,8 +238,9 @@ class OfflineBackend:
 
     def set_alias(self, name: str, version: str, alias: str) -> None:
         self.local.set_alias(name, version, alias)
-        for folder in (self.settings.home / "data" / "wandb").glob(f"offline-run-*-{alias}-{name}-v*"):
-            if not any(folder.glob("*.synced")): shutil.rmtree(folder)
+        for folder in (self.settings.home / "data" / "wandb").glob("offline-run-*"):
+            earlier = re.fullmatch(rf"offline-run-\d+_\d+-{re.escape(f'{alias}-{name}')}-v\d+-[0-9a-f]{{8}}", folder.name)
+            if earlier and not any(folder.glob("*.synced")): shutil.rmtree(folder)
         id = f"{alias}-{name}-{version}-{secrets.token_hex(4)}"
         run = WandbRun(self, id, "offline", name=id, job_type="alias")
         self.record(run, self.resolve(f"{name}:{version}"), (alias,))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbs_lib.artifacts import whole_folder
+from nbs_lib.artifacts import whole_folder  # noqa: F401 (used by code that runs in processes of its own)
 from nbs_lib.settings import UserError, load_settings
 from nbs_lib.tracking import open_tracker
 
@@ -74,7 +74,8 @@ def contract(folder: Path) -> None:
         figure = plt.figure()
         figure.gca().plot([1, 2])
         train.figure("curve", figure)
-        train.table("wrong", ["image", "said", "p"], [[Image.new("RGB", (8, 8), "red"), "cat", np.float32(0.5)]] * 2)
+        train.table("wrong", ["image", "said", "p"], [[Image.new("RGB", (8, 8), c), c, p] for c, p in (("red", np.float32(0.5)), ("blue", "?"))])
+        train.table("none", ["a"], [])
         train.summary({"test": {"accuracy": np.float64(0.9), "by": {"cat": 1.0}}, "note": "fine"})
         model = train.log_artifact("model", "model", fill(folder, "m"), metadata={"accuracy": 0.9}, aliases=["candidate"])
     assert result() == {
@@ -90,6 +91,7 @@ def contract(folder: Path) -> None:
     assert "production" in tracker.set_alias("birds:v1", "production").aliases
     assert "production" in tracker.set_alias("birds:v0", "production").aliases
     assert tracker.resolve("birds:production").version == "v0" and tracker.resolve("birds").version == "v1"
+    assert tracker.annotate("birds:v0", {"rows": 3}).metadata == {"images": 7, "rows": 3} and tracker.resolve("birds:v0").aliases == tracker.resolve("birds:production").aliases
     assert tracker.resolve("birds:v9") is None and tracker.resolve("birds:nobody") is None
     assert tracker.lineage("model") == {"produced_by": train.id, "inputs": ["birds:v1"], "used_by": []}
     assert tracker.lineage("birds:v1") == {"produced_by": prepare.id, "inputs": [], "used_by": [train.id]}
@@ -113,6 +115,7 @@ def contract(folder: Path) -> None:
     assert tracker.attach(train.id, [folder / "train.ipynb", folder / "train.html"], "completed").ref == "train-notebook:v0"
     assert status_of(tracker, train.id) in ("completed", None)
     with pytest.warns(UserWarning, match="could not be attached"): tracker.attach("no-such-run", [], "failed")
+    if tracker.backend == "wandb": assert "/local/contract" in tracker.open_dashboard()
     print(json.dumps({"prepare": prepare.id, "train": train.id, "failed": failed.id, "url": train.url}))
 
 
@@ -145,7 +148,7 @@ def check_server(state: dict, ids: dict) -> None:
     assert runs[ids["prepare"]]["config"]["source"] == "https://host/birds.zip"
     assert (runs[ids["failed"]]["state"], runs[ids["failed"]]["group"]) == ("failed", "mine")
     assert set(artifacts["birds:v0"]["aliases"]) == {"production"} and set(artifacts["birds:v1"]["aliases"]) == {"latest", "candidate"}
-    assert artifacts["birds:v0"]["metadata"] == {"images": 7} and artifacts["model:v0"]["type"] == "model"
+    assert artifacts["birds:v0"]["metadata"] == {"images": 7, "rows": 3} and artifacts["model:v0"]["type"] == "model"
     assert [f["path"] for f in artifacts["model:v0"]["files"]] == ["sub/card.json", "weights"]
     assert "model:v0" in train["logged_artifacts"] and "train-notebook:v0" in train["logged_artifacts"]
     assert [f["path"] for f in artifacts["train-notebook:v0"]["files"]] == ["train.html", "train.ipynb"]
@@ -183,13 +186,15 @@ def test_contract_wandb(home, wandb_server):
 def sync(home: Path, server) -> None:
     "As the documentation says: one `wandb sync` after the other."
     for recording in sorted((home / "data" / "wandb").glob("offline-run-*")):
-        subprocess.run([sys.executable, "-m", "wandb", "sync", str(recording)], env=os.environ | server.env, check=True, capture_output=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "wandb", "sync", str(recording)], check=True, capture_output=True, timeout=60,
+                       env=os.environ | server.env | {"WANDB_CACHE_DIR": str(home / "data" / "cache" / "wandb")}, cwd=home)
 
 
 def test_contract_offline_then_sync(home, wandb_server):
     configure(home, "wandb-offline", "synced")
     ids = run_contract(home, {})
     assert not wandb_server.state("synced")["runs"]
+    assert [p.name.split("-")[5] for p in (home / "data" / "wandb").glob("*-production-*")] == ["v0"]  # the move to v1 is outdated
     sync(home, wandb_server)
     state = wandb_server.state("synced")
     check_server(state, ids)
@@ -222,7 +227,7 @@ while not Path("stop").exists():
 assert seen == {{"v0", "v1"}}, seen
 """], env=os.environ | env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reader.stdout.readline() == "ready\n"
-    python("tracker = open_tracker()\nfor i in range(80): tracker.set_alias(f'm:v{(i + 1) % 2}', 'production')", cwd=home, env=env)
+    python("tracker = open_tracker()\nfor i in range(40): tracker.set_alias(f'm:v{(i + 1) % 2}', 'production')", cwd=home, env=env)
     (home / "stop").touch()
     _, errors = reader.communicate(timeout=60)
     assert reader.returncode == 0, errors
@@ -234,7 +239,7 @@ def test_killed_run_is_marked_failed_and_gets_its_notebook(home, backend, wandb_
     env = wandb_server.env if backend == "wandb" else {}
     dead = python("""
 run = open_tracker().start("train", "train", config={"epochs": 2})
-run.log({"loss": 1.0}, step=0)
+for step in range(2): run.log({"loss": 1.0}, step=step)
 run.summary({"note": "so far"})
 time.sleep(2)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -255,7 +260,7 @@ print(status_of(tracker, {run_id!r}), tracker.lineage("train-notebook")["produce
         [run] = wandb_server.state(f"killed-{backend}")["runs"]
         assert run["state"] == "failed" and run["logged_artifacts"] == ["train-notebook:v0"]
         assert run["config"]["epochs"] == 2
-        if backend == "wandb-offline":  # online, the SDK sends metrics every 15 s; until then they are in its local file only
+        if backend == "wandb-offline":  # online, the SDK sends metrics every 15 s; it holds the newest step back until the next begins
             assert [row["loss"] for row in run["history"]] == [1] and run["summary"]["note"] == "so far"
 
 
@@ -287,17 +292,31 @@ def test_process_that_ends_without_finish_leaves_a_failed_run(home):
     assert rows.stdout == "1000\n"
 
 
+def test_nothing_but_the_users_own_output_is_in_the_notebook(home):
+    import nbformat
+    from nbclient import NotebookClient
+    configure(home, "wandb-offline", "birds")  # both packages at once
+    cells = LOG_TWO.split("tracker.set_alias")
+    code = ["from pathlib import Path\nfrom nbs_lib.tracking import open_tracker", "def fill(folder, text):\n"
+            "    folder.mkdir(exist_ok=True)\n    (folder / 'weights').write_text(text)\n    return folder",
+            cells[0], "tracker.set_alias" + cells[1], "still_open = tracker.start('train', 'train')"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
+    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(home)}}).execute(env=os.environ | {"LOOPBOOK_RUN_DIR": str(home)})
+    outputs = [str(o) for c in notebook.cells for o in c.outputs]
+    assert len(outputs) == 1 and "Version(name=" in outputs[0], outputs
+    assert json.loads((home / "result.json").read_text())["status"] == "failed"
+
+
 def test_wandb_without_a_key_is_refused(home):
     configure(home, "wandb", "birds")
     with pytest.raises(UserError, match="no key for it; run `wandb login`"): open_tracker(load_settings(home))
 
 
-def test_wandb_out_of_reach_is_told_in_one_line_and_does_not_fail_the_caller_of_attach(home):
+def test_wandb_out_of_reach_is_told_in_one_line(home):
     configure(home, "wandb", "birds")
     done = python("""
 with pytest.raises(UserError, match="W&B says") as caught: open_tracker().resolve("birds")
 assert "\\n" not in str(caught.value)
-with pytest.warns(UserWarning, match="could not be attached"): open_tracker().attach("x", [], "failed")
 """, env={"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40})
     assert done.stderr == ""
 

@@ -1,0 +1,24 @@
+"""Small pictures and datasets that tests train on."""
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nbs_lib.archives import Item
+from nbs_lib.dataset import Dataset, write_version
+
+
+def picture(kind: str, seed: int, size: int = 48) -> bytes:
+    "A noisy JPEG with more of one colour: `kind` is red, green or blue."
+    rng, file = np.random.default_rng(seed), io.BytesIO()
+    pixels = rng.integers(0, 140, (size, size, 3))
+    pixels[..., ("red", "green", "blue").index(kind)] += 90
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def small_dataset(folder: Path, n: int = 40, kinds: tuple[str, ...] = ("red", "blue"), first: int = 0, parent: Dataset | None = None) -> Dataset:
+    "`n` pictures with one target, colour."
+    items = [Item(f"{kinds[i % len(kinds)]}/{first + i}.jpg", picture(kinds[i % len(kinds)], first + i), {"colour": kinds[i % len(kinds)]}) for i in range(n)]
+    return write_version(folder, items, name="small", source="drawn by the tests", parent=parent)

@@ -1,0 +1,133 @@
+"""The repository agrees with itself: notebooks, module, packaging, settings."""
+import ast
+import configparser
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from nbs_lib import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+STEPS = ("download", "train", "evaluate")
+
+
+def cells(notebook: Path) -> list[dict]:
+    return json.loads(notebook.read_text())["cells"]
+
+
+def module_of(notebook: Path) -> str:
+    return notebook.stem.split("_", 1)[1]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_hold_no_outputs_and_no_volatile_metadata(notebook):
+    content = json.loads(notebook.read_text())
+    assert set(content["metadata"]) <= {"kernelspec", "language_info"}
+    assert len({c["id"] for c in content["cells"]}) == len(content["cells"])
+    for cell in content["cells"]:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+        assert set(cell["metadata"]) <= {"tags"}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_examples_in_a_notebook_hold(notebook, tmp_path):
+    done = subprocess.run([sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()", str(notebook)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env=_environment(tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def _environment(home: Path) -> dict:
+    import os
+    return os.environ | {"LOOPBOOK_HOME": str(home), "WANDB_MODE": "disabled"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_cleaning_keeps_the_one_parameters_cell_of_a_step(step, tmp_path):
+    [notebook] = [n for n in NOTEBOOKS if module_of(n) == step]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    copy = Path(shutil.copy(notebook, tmp_path / "notebooks"))
+    subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=tmp_path, check=True)
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(copy)) == 1
+    assert cells(copy) == cells(notebook)
+
+
+def test_the_module_is_what_the_notebooks_export(tmp_path):
+    for name in ("notebooks", "nbs_lib"): shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, check=True)
+    names = {p.name for p in (ROOT / "nbs_lib").glob("*.py")} | {p.name for p in (tmp_path / "nbs_lib").glob("*.py")}
+    _, different, missing = filecmp.cmpfiles(ROOT / "nbs_lib", tmp_path / "nbs_lib", names, shallow=False)
+    assert not different and not missing, "run `make notebooks`"
+    assert names - {"__init__.py", "_modidx.py"} == {module_of(n) + ".py" for n in NOTEBOOKS}
+
+
+def test_modules_import_only_from_lower_floors():
+    floor = {module_of(n): n.stem.split("_")[0] for n in NOTEBOOKS}
+    for name, number in floor.items():
+        for node in ast.walk(ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text())):
+            if not isinstance(node, ast.ImportFrom): continue
+            module = node.module or ""
+            own = module.removeprefix("nbs_lib.") if module.startswith("nbs_lib.") else module if node.level else None
+            wanted = [own] if own else [a.name for a in node.names] if node.level or module == "nbs_lib" else []
+            for other in wanted: assert floor[other] < number, f"{name} imports {other} from a higher floor"
+
+
+def test_no_step_notebook_exports_while_it_runs_or_hides_a_failure():
+    for notebook in NOTEBOOKS:
+        for cell in cells(notebook):
+            assert "nbdev_export()" not in "".join(cell["source"]) and "raises-exception" not in cell["metadata"].get("tags", [])
+
+
+def test_the_environment_for_conda_is_the_same():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [pip] = [d["pip"] for d in conda if isinstance(d, dict)]
+    wanted = PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["dev"]
+    assert sorted(p for p in pip if not p.startswith("--")) == sorted(wanted)
+    assert f"python{PYPROJECT['requires-python']}" in conda
+
+
+def test_every_requirement_is_pinned_without_an_address():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[a-z0-9._-]+==[0-9a-z.+!]+( ; .+)?", line) for line in lines)
+    pins: dict[str, set[str]] = {}
+    for line in lines: pins.setdefault(line.partition("==")[0], set()).add(line.partition("==")[2].split(" ;")[0])
+    for text in PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["dev"]:
+        requirement = Requirement(text)
+        assert any(requirement.specifier.contains(v) for v in pins[requirement.name.lower()]), text
+
+
+def test_every_dependency_says_why_it_is_there():
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M)[1]
+    assert all("#" in line for line in block.splitlines())
+
+
+def test_the_settings_file_shows_the_defaults(tmp_path, monkeypatch):
+    for name in [v for v in __import__("os").environ if v.startswith("LOOPBOOK_")]: monkeypatch.delenv(name)
+    shipped, none = settings.load_settings(ROOT), settings.load_settings(tmp_path)
+    assert shipped.model_dump(exclude={"home"}) == none.model_dump(exclude={"home"})
+    parser = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None)
+    parser.read(ROOT / "settings.ini")
+    for section, model in settings.SECTIONS.items(): assert set(parser[section]) == set(model.model_fields), section
+
+
+def test_every_setting_says_what_it_means():
+    for model in (*settings.SECTIONS.values(), settings.Recipe):
+        for name, field in model.model_fields.items(): assert field.description or name in ("epochs",), f"{model.__name__}.{name}"
+
+
+def test_the_command_line_loads_nothing_heavy():
+    code = "import sys, nbs_lib.cli; print([m for m in ('torch', 'pandas', 'papermill', 'wandb', 'trackio', 'sklearn', 'matplotlib', 'pyarrow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

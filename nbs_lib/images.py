@@ -11,7 +11,7 @@ import io
 from PIL import Image, ImageOps
 
 # %% auto #0
-__all__ = ['FORMATS', 'image_id', 'BadImage', 'check_image', 'decode_rgb']
+__all__ = ['FORMATS', 'image_id', 'BadImage', 'check_image', 'picture', 'decode_rgb']
 
 # %% ../notebooks/20_images.ipynb #320bcc74
 def image_id(data: bytes) -> str:
@@ -64,6 +64,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 # %% ../notebooks/20_images.ipynb #5c0f76e8
+def picture(data: bytes) -> Image.Image:
+    "The image of a file, upright and RGB, to look at; raises `BadImage`."
+    image = _open(data)
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
+    except Exception as error: raise BadImage(" ".join(str(error).split()) or "broken image data") from None
+
 def decode_rgb(data: bytes):
     "The pixels of an image file, upright: `torch.uint8` of shape (3, height, width); raises `BadImage`."
     import torch
@@ -72,9 +80,4 @@ def decode_rgb(data: bytes):
         try: return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError: pass  # rare kinds of JPEG; and Pillow has the clearer words for broken ones
     import numpy as np
-    image = _open(data)
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-        return torch.from_numpy(np.array(_to_rgb(upright))).permute(2, 0, 1).contiguous()
-    except Exception as error: raise BadImage(" ".join(str(error).split()) or "broken image data") from None
+    return torch.from_numpy(np.array(picture(data))).permute(2, 0, 1).contiguous()

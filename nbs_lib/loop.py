@@ -37,11 +37,13 @@ STEPS = (Step("download", keys=SOURCE, sections=("data",), reads_source=True),
 
 # %% ../notebooks/54_loop.ipynb #31bc54d3
 def code_digest(notebook: Path) -> str:
-    "Digest of the notebook's code cells and of all modules of `nbs_lib`; prose may change."
+    "Digest of the code cells of the notebook and of the modules that come before it, all it can stand on; prose may change."
     digest = hashlib.sha256()
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code": digest.update("".join(cell["source"]).encode() + b"\0")
-    for module in sorted((repository() / "nbs_lib").rglob("*.py")): digest.update(module.name.encode() + module.read_bytes())
+    for lower in sorted((repository() / "notebooks").glob("*.ipynb")):
+        module = repository() / "nbs_lib" / f"{lower.stem.partition('_')[2]}.py"
+        if lower.name < notebook.name and module.exists(): digest.update(module.name.encode() + module.read_bytes())
     return digest.hexdigest()
 
 def fingerprint(step: Step, notebook: Path, parameters: dict, settings: Settings, tracker) -> str | None:

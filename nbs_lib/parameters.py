@@ -10,7 +10,7 @@ import json
 import typing
 from pathlib import Path
 
-from .settings import UserError, _nearest
+from .settings import UserError, nearest
 
 # %% auto #0
 __all__ = ['NAMES', 'declared', 'words', 'checked']
@@ -65,7 +65,7 @@ def checked(notebook: Path, given: dict, texts: bool = False) -> dict:
     known, values = declared(notebook), {}
     for name, value in given.items():
         if name not in known:
-            hint = _nearest(name, known) if known else "; it has no cell tagged 'parameters' with any"
+            hint = nearest(name, known) if known else "; it has no cell tagged 'parameters' with any"
             raise UserError(f"parameter {name!r}: {Path(notebook).name} has none of that name{hint}")
         kind = known[name]
         for meaning in _readings(value, kind) if texts else [value]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from . import runs
 from .parameters import checked
 from .runs import Run
-from .settings import UserError, _nearest, home, load_settings, repository, write_atomic
+from .settings import UserError, home, load_settings, nearest, repository, write_atomic
 
 # %% auto #0
 __all__ = ['GRACE', 'find_notebook', 'which_kernel', 'kill_processes', 'Stop', 'AtomicFiles', 'load_papermill', 'run_notebook']
@@ -31,7 +31,7 @@ def find_notebook(name: str | Path) -> Path:
     if file.is_file(): return file.resolve()
     steps = {runs.step_name(f): f for f in sorted((repository() / "notebooks").glob("*.ipynb"))}
     if str(name) in steps: return steps[str(name)]
-    raise UserError(f"notebook {str(name)!r}: neither a file nor a step{_nearest(str(name), steps)}")
+    raise UserError(f"notebook {str(name)!r}: neither a file nor a step{nearest(str(name), steps)}")
 
 # %% ../notebooks/53_pipeline.ipynb #5cfa9f1f
 def _own_kernel_manager():
@@ -52,7 +52,7 @@ def which_kernel(notebook: Path, kernel: str | None = None) -> str:
     from jupyter_client.kernelspec import KernelSpecManager
     kernel = kernel or json.loads(notebook.read_text(encoding="utf-8")).get("metadata", {}).get("kernelspec", {}).get("name") or "python3"
     known = KernelSpecManager().find_kernel_specs()
-    if kernel not in known: raise UserError(f"kernel {kernel!r} is not installed{_nearest(kernel, known)}")
+    if kernel not in known: raise UserError(f"kernel {kernel!r} is not installed{nearest(kernel, known)}")
     return kernel
 
 # %% ../notebooks/53_pipeline.ipynb #23b504a9

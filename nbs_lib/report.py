@@ -33,6 +33,7 @@ details.code { margin: .4rem 0 } details.code summary { color: var(--quiet); fon
 details.code .highlight { background: #f9fafb; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto }
 .output { overflow-x: auto; margin: .4rem 0 1rem } .output img { max-width: 100%; height: auto } .output pre { max-height: 30rem; overflow: auto }
 .output_stderr pre { color: #7a5d00 } .output_error pre { background: #fef3f2; border-left: 3px solid var(--bad); padding: .6rem .8rem; max-height: none }
+details.how { border: 1px solid var(--line); border-radius: .5rem; padding: .2rem 1rem; margin: 1rem 0 } details.how > summary { color: var(--quiet); cursor: pointer }
 table { border-collapse: collapse; border: 0; font-size: .85rem; margin: .5rem 0 } th, td { padding: .3rem .8rem; border: 0; border-bottom: 1px solid var(--line); text-align: right }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #98a2b3 }
 #failed { border: 2px solid var(--bad); border-radius: .5rem; padding: .3rem .8rem; scroll-margin-top: 1rem }
@@ -50,7 +51,9 @@ TEMPLATE = """{%- extends 'base.html.j2' -%}
 <body><main><header>{{ resources.page.header }}</header>{% endblock header %}
 {% block footer %}</main><script>document.getElementById("failed")?.scrollIntoView()</script></body></html>
 {% endblock footer %}
-{% block any_cell %}{% if 'papermill-error-cell-tag' not in cell.metadata.get('tags', []) %}{{ super() }}{% endif %}{% endblock any_cell %}
+{% block any_cell %}{% if 'first' in cell.metadata.get('how', []) %}<details class="how"><summary>How this step works</summary>{% endif %}
+{%- if 'papermill-error-cell-tag' not in cell.metadata.get('tags', []) %}{{ super() }}{% endif %}
+{%- if 'last' in cell.metadata.get('how', []) %}</details>{% endif %}{% endblock any_cell %}
 {% block codecell %}{% if cell.metadata.get('papermill', {}).get('exception') %}<section id="failed">{{ super() }}</section>{% else %}{{ super() }}{% endif %}{% endblock codecell %}
 {% block in_prompt %}{% endblock in_prompt %}{% block empty_in_prompt %}{% endblock empty_in_prompt %}{% block output_area_prompt %}{% endblock output_area_prompt %}
 {% block input %}{% if cell.source.strip() %}<details class="code"{% if cell.metadata.get('papermill', {}).get('exception') %} open{% endif %}><summary>code
@@ -77,13 +80,25 @@ def _header(run: Run) -> str:
     if run.error: lines.append(f'<span class="error">{e(run.error)}</span> <a href="#failed">the cell</a>')
     return "".join(f"<p>{line}</p>" for line in lines)
 
+# %% ../notebooks/52_report.ipynb #c601345f
+def _readable(notebook):
+    "The notebook with its explanations marked for folding and without widgets."
+    cells = notebook.cells
+    for cell in cells:
+        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    run = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith("## The run")), 0)
+    title = next((i for i, c in enumerate(cells) if c.cell_type == "markdown"), run) + 1
+    if title < run and not any(c.metadata.get("papermill", {}).get("exception") for c in cells[:run]):
+        for place, cell in (("first", cells[title]), ("last", cells[run - 1])): cell.metadata["how"] = [*cell.metadata.get("how", []), place]
+    return notebook
+
 # %% ../notebooks/52_report.ipynb #1f8c85a5
 def write_report(notebook: Path, run: Run) -> Path:
     "Write the executed `notebook` as HTML beside it, headed by what `run` says; returns the HTML file."
     import nbformat
     exporter, style = _exporter()
     page = {"title": f"{run.step} · {run.status}", "style": style, "header": _header(run)}
-    body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), resources={"page": page})
+    body, _ = exporter.from_notebook_node(_readable(nbformat.read(notebook, as_version=4)), resources={"page": page})
     return write_atomic(Path(notebook).with_suffix(".html"), body)
 
 # %% ../notebooks/52_report.ipynb #764a862e

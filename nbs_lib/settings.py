@@ -17,8 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 # %% auto #0
 __all__ = ['Name', 'Optionally', 'RECIPES', 'SECTIONS', 'UserError', 'repository', 'home', 'Section', 'key', 'Project',
-           'Tracking', 'Data', 'Gate', 'Train', 'Recipe', 'Settings', 'allowed', 'load_settings', 'use_recipe',
-           'write_atomic']
+           'Tracking', 'Data', 'Gate', 'Train', 'Recipe', 'Settings', 'nearest', 'allowed', 'load_settings',
+           'use_recipe', 'write_atomic']
 
 # %% ../notebooks/00_settings.ipynb #e5943ef6
 class UserError(Exception):
@@ -134,12 +134,12 @@ def _from_environment(recipes: typing.Iterable[str]) -> dict[str, dict[str, tupl
         if not variable.startswith("LOOPBOOK_") or "__" not in variable: continue
         section, _, name = variable.removeprefix("LOOPBOOK_").partition("__")
         if section not in names:
-            raise UserError(f"environment variable {variable}: no section {section.lower()!r}{_nearest(section, names)}")
+            raise UserError(f"environment variable {variable}: no section {section.lower()!r}{nearest(section, names)}")
         found.setdefault(names[section], {})[name.lower()] = (value, f"environment variable {variable}")
     return found
 
 # %% ../notebooks/00_settings.ipynb #6d2d8a1f
-def _nearest(name: str, names) -> str:
+def nearest(name: str, names) -> str:
     "A hint at the right name, for the end of a message."
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(map(str, names)))}"
@@ -159,7 +159,7 @@ def allowed(model: type[Section], name: str) -> str:
 def _validate(model: type[Section], values: dict[str, tuple[object, str]]) -> Section:
     "The section, or a `UserError` that names the place, the value and what is allowed."
     for name, (_, place) in values.items():
-        if name not in model.model_fields: raise UserError(f"{place}: no such key{_nearest(name, model.model_fields)}")
+        if name not in model.model_fields: raise UserError(f"{place}: no such key{nearest(name, model.model_fields)}")
     try: return model(**{name: value for name, (value, _) in values.items()})
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
@@ -173,7 +173,7 @@ def load_settings(folder: Path | None = None) -> Settings:
     texts = _from_file(folder / "settings.ini")
     for section in texts:
         if section not in SECTIONS and not section.startswith("recipe."):
-            raise UserError(f"{folder / 'settings.ini'} [{section}]: no such section{_nearest(section, [*SECTIONS, 'recipe.NAME'])}")
+            raise UserError(f"{folder / 'settings.ini'} [{section}]: no such section{nearest(section, [*SECTIONS, 'recipe.NAME'])}")
     recipes = {s.removeprefix("recipe."): v for s, v in texts.items() if s.startswith("recipe.")}
     for name, values in RECIPES.items():
         recipes[name] = {k: (v, "built in") for k, v in values.items()} | recipes.get(name, {})
@@ -190,7 +190,7 @@ def use_recipe(settings: Settings, name: str | None = None, **parameters) -> tup
     "The recipe's name and the recipe, with the notebook's `parameters` that are not None on top; raises `UserError`."
     name = name or settings.project.recipe
     if name not in settings.recipes:
-        raise UserError(f"recipe {name!r} is not in {settings.home / 'settings.ini'}{_nearest(name, settings.recipes)}")
+        raise UserError(f"recipe {name!r} is not in {settings.home / 'settings.ini'}{nearest(name, settings.recipes)}")
     given = {k: (v, f"parameter {k}") for k, v in parameters.items() if v is not None}
     current = settings.recipes[name].model_dump()
     return name, _validate(Recipe, {k: (v, "settings") for k, v in current.items()} | given)

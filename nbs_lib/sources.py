@@ -21,10 +21,10 @@ from .dataset import OWN
 from .settings import Recipe, Settings, UserError, write_atomic
 
 # %% auto #0
-__all__ = ['ATTEMPTS', 'CHUNK', 'public', 'download', 'open_source', 'source_signature']
+__all__ = ['ATTEMPTS', 'public', 'download', 'open_source', 'source_signature']
 
 # %% ../notebooks/24_sources.ipynb #b262cf32
-ATTEMPTS, CHUNK = 4, 1 << 20
+ATTEMPTS = 4
 
 def public(spec: str) -> str:
     "The source without a user name and password in its address: what may be shown and stored."
@@ -47,9 +47,8 @@ def _fetch(client, url: str, path: Path, limit: float) -> None:
     from tqdm.auto import tqdm
     part, notes = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
     begun = path.with_name(path.name + ".part.json")
-    headers, start = {"Accept-Encoding": "identity"}, 0
-    if part.exists() and begun.exists() and (validator := _validator(json.loads(begun.read_text()))):
-        start = part.stat().st_size
+    headers, start = {"Accept-Encoding": "identity"}, part.stat().st_size if part.exists() else 0
+    if start and begun.exists() and (validator := _validator(json.loads(begun.read_text()))):
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
     elif path.exists() and notes.exists():
         old = json.loads(notes.read_text())
@@ -66,8 +65,9 @@ def _fetch(client, url: str, path: Path, limit: float) -> None:
             write_atomic(begun, json.dumps(_facts(reply.headers)))
         total = start + int(reply.headers["content-length"]) if "content-length" in reply.headers else None
         if (total or 0) > limit: raise UserError(f"{public(url)}: {total / 1e9:.1f} GB, allowed are {limit / 1e9:g}; see max_archive_gb under [data]")
-        with open(part, "ab" if resumed else "wb") as file, tqdm(desc=path.name.partition("-")[2], initial=start, total=total, unit="B", unit_scale=True, mininterval=2, leave=False) as bar:
-            for chunk in reply.iter_raw(CHUNK):
+        bar = tqdm(desc=path.name.partition("-")[2], initial=start, total=total, unit="B", unit_scale=True, mininterval=2, leave=False)
+        with open(part, "ab" if resumed else "wb") as file, bar:
+            for chunk in reply.iter_raw():
                 file.write(chunk)
                 bar.update(len(chunk))
                 if file.tell() > limit: raise UserError(f"{public(url)}: more than {limit / 1e9:g} GB; see max_archive_gb under [data]")
@@ -120,7 +120,8 @@ def _open_hf(id: str, split: str, settings: Settings):
         if (local / "dataset_dict.json").exists() or (local / "state.json").exists(): found = datasets.load_from_disk(str(local))
         else: found = datasets.load_dataset(str(local) if local.exists() else id, cache_dir=str(settings.home / "data" / "raw" / "hf"))
     except Exception as error:  # from a dozen libraries
-        raise UserError(f"hf:{id}: cannot be loaded ({' '.join(str(error).split())[:200]}); check the name and the network, or give a folder or zip as source") from None
+        raise UserError(f"hf:{id}: cannot be loaded ({' '.join(str(error).split())[:200]}); "
+                        "check the name and the network, or give a folder or zip as source") from None
     parts = found if isinstance(found, dict) else {str(found.split or "train"): found}
     if split and split not in parts: raise UserError(f"hf:{id}: no split {split!r}; there are: {', '.join(parts)}")
     return {split: parts[split]} if split else parts
@@ -133,7 +134,8 @@ def _read_hf(spec: str, recipe: Recipe, settings: Settings) -> Iterator[Item]:
     features = next(iter(parts.values())).features
     image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
     named = {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
-    targets = named or {n: None for n, f in features.items() if isinstance(f, datasets.Value) and f.dtype in ("string", "large_string") and n not in OWN}
+    texts = [n for n, f in features.items() if isinstance(f, datasets.Value) and f.dtype in ("string", "large_string")]
+    targets = named or {n: None for n in texts if n not in OWN}
     if not image or not targets: raise UserError(f"{spec}: it needs an image column and one of classes or text; it has {', '.join(features)}")
     places = [(part, n) for part in parts for n in range(len(parts[part]))]
     parts = {p: t.cast_column(image, datasets.Image(decode=False)) for p, t in parts.items()}
@@ -160,7 +162,9 @@ def _open_torchvision(name: str, settings: Settings) -> Iterator:
     known = inspect.signature(kind).parameters
     options = {"root": str(settings.home / "data" / "raw" / "torchvision")} | ({"download": True} if "download" in known else {})
     os.makedirs(options["root"], exist_ok=True)
-    parts = [{"train": True}, {"train": False}] if "train" in known else [{"split": s} for s in ("train", "trainval", "val", "test")] if "split" in known else [{}]
+    parts = [{}]
+    if "train" in known: parts = [{"train": True}, {"train": False}]
+    if "split" in known: parts = [{"split": s} for s in ("train", "trainval", "val", "test")]
     if name == "OxfordIIITPet": parts = [{"split": s, "target_types": "binary-category"} for s in ("trainval", "test")]
     for part in parts:
         try: yield kind(**options, **part)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
@@ -141,16 +141,16 @@ def _teach_every_class(rows: list[dict], targets: list[str], taught: set) -> Non
             taught |= classes
 
 # %% ../notebooks/22_dataset.ipynb #4144464b
-def _checked(items: Iterable[Item], limits: Data) -> Iterator[tuple[Item, str | None, tuple | None]]:
-    "Items in their order with id and (width, height, format); a bad one has None for both, and its problem."
+def _checked(items: Iterable[Item], known: Container[str], limits: Data) -> Iterator[tuple[Item, str | None, tuple | None]]:
+    "Items in their order with id and (width, height, format), None for an image of a `known` id; a bad one has None for both, and its problem."
     def check(batch):
         found = []
         for item in batch:
-            size = None
-            if item.data is not None:
+            id, size = None if item.data is None else image_id(item.data), None
+            if id and id not in known:  # what was let in once need not be decoded again
                 try: size = check_image(item.data, limits.max_megapixels)
-                except BadImage as error: item.problem, item.data = str(error), None
-            found.append((item, image_id(item.data) if size else None, size))
+                except BadImage as error: id, item.problem, item.data = None, str(error), None
+            found.append((item, id, size))
         return found
     workers, flying, batch, size = os.cpu_count() or 1, deque(), [], 0
     with ThreadPoolExecutor(workers) as pool:
@@ -198,7 +198,7 @@ def _collect(items: Iterable[Item], known: _Known, spool, limits: Data) -> tuple
     "New rows (their bytes go to `spool`), superseding rows, and the report."
     rows, changed, targets = {}, {}, dict.fromkeys(known.targets)
     bad, copies, conflicts, empty, sizes, formats, kept, offset = [], [], {}, [], [], Counter(), 0, 0
-    for item, id, size in _checked(items, limits):
+    for item, id, size in _checked(items, known.position, limits):
         if item.name.endswith("/"): empty.append(item.name); continue
         if id is None: bad.append((item.name, item.problem)); continue
         if known.parent and (more := item.labels.keys() - set(known.targets)):

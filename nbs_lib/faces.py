@@ -25,18 +25,18 @@ HAIR = {
     "long": ["BOB", "CURVY", "DREADS", "LONG_NOT_TOO_LONG", "MIA_WALLACE", "STRAIGHT_1", "STRAIGHT_STRAND", "LOOSE_HAIR",
              "TWIST_LONG_HAIR", "TWIST_LONG_HAIR_2"],
 }
-COLORS = {"black": ["#231915", "#1F1A1C"], "brown": ["#724133", "#7A4A2A"], "blonde": ["#D6B370", "#E0BE6A"],
-          "red": ["#C93305", "#D4480F"], "gray": ["#C9C9CE", "#E8E1E1"]}
+COLORS = {"black": ["#231915", "#1F1A1C"], "brown": ["#7A4A2A", "#835033"], "blonde": ["#F0CF65", "#F5DA80"],
+          "red": ["#D93A0B", "#E8500F"], "gray": ["#B9BCC4", "#CDD0D6"]}
 FACIAL_HAIR = {("no", "no"): ["NONE"], ("no", "yes"): ["MOUSTACHE_FANCY", "MOUSTACHE_MAGNUM", "EINSTEIN_MOUSTACHE"],
                ("yes", "yes"): ["BEARD_LIGHT", "BEARD_MEDIUM", "BEARD_MAGESTIC", "WICK_BEARD"]}
 GLASSES = {"none": ["NONE", "NONE", "NONE", "EYEPATCH"], "glasses": ["PRESCRIPTION_1", "PRESCRIPTION_2", "ROUND"],
            "sunglasses": ["KURT", "SUNGLASSES", "SUNGLASSES_2", "WAYFARERS", "WAYFARERS_2"]}
 BACKGROUNDS = ["#65C9FF", "#B6E3F4", "#C0AEDE", "#D1D4F9", "#FFD5DC", "#FFDFBF", "#C8E6C9", "#F5F5F5", "#B0BEC5", "#FFF59D"]
-SIDE = 128
+SIDE = 160
 
 # %% ../notebooks/23_faces.ipynb #ab205dc1
 def draw_face(seed: int, n: int) -> tuple[bytes, dict[str, str | None]]:
-    "Face `n` of `seed`: a PNG of 128 x 128 pixels, and its labels."
+    "Face `n` of `seed`: a PNG of 160 x 160 pixels, and its labels."
     import python_avatars as pa
     import resvg_py
     rng = random.Random(f"{seed}:{n}")
@@ -51,8 +51,8 @@ def draw_face(seed: int, n: int) -> tuple[bytes, dict[str, str | None]]:
         facial_hair=pa.FacialHairType[rng.choice(FACIAL_HAIR[beard, moustache])], accessory=pa.AccessoryType[rng.choice(GLASSES[glasses])],
         skin_color=one(pa.SkinColor), eyes=one(pa.EyeType), eyebrows=one(pa.EyebrowType), nose=one(pa.NoseType), mouth=one(pa.MouthType, {"VOMIT"}),
         clothing=one(pa.ClothingType, {"NONE"}), clothing_color=one(pa.ClothingColor), shirt_graphic=one(pa.ClothingGraphic, {"CUSTOM_TEXT"})).render()
-    side = rng.uniform(235, 300)
-    view = f'viewBox="{132 - side / 2 + rng.uniform(-15, 15):.1f} {140 - side / 2 + rng.uniform(-10, 10):.1f} {side:.1f} {side:.1f}"'
+    side = rng.uniform(170, 220)
+    view = f'viewBox="{132 - side / 2 + rng.uniform(-15, 15):.1f} {115 - side / 2 + rng.uniform(-10, 10):.1f} {side:.1f} {side:.1f}"'
     svg = svg.replace('width="264px" height="280px" viewBox="0 0 264 280"', f'width="{SIDE}" height="{SIDE}" {view}', 1)
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, background=rng.choice(BACKGROUNDS), skip_system_fonts=True))
     return png, {"beard": beard, "moustache": moustache, "glasses": glasses, "hair_color": None if length == "bald" else color, "hair_length": length}

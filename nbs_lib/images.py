@@ -10,6 +10,8 @@ import io
 
 from PIL import Image, ImageOps
 
+from .imports import load_vision
+
 # %% auto #0
 __all__ = ['FORMATS', 'image_id', 'BadImage', 'check_image', 'picture', 'decode_rgb']
 
@@ -75,6 +77,7 @@ def picture(data: bytes) -> Image.Image:
 def decode_rgb(data: bytes):
     "The pixels of an image file, upright: `torch.uint8` of shape (3, height, width); raises `BadImage`."
     import torch
+    load_vision()
     from torchvision.io import ImageReadMode, decode_jpeg
     if data[:2] == b"\xff\xd8":
         try: return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)

@@ -16,7 +16,7 @@ __all__ = ['load_vision']
 def load_vision() -> None:
     "Import torchvision and timm without torch's compiler, unless they or it are loaded already."
     with _loading:
-        if not {"timm", "torchvision", "torch._dynamo"} & sys.modules.keys(): _load()
+        if not any(module in sys.modules for module in ("timm", "torchvision", "torch._dynamo")): _load()
 
 _loading = threading.Lock()
 
@@ -27,7 +27,9 @@ def _load() -> None:
     compiler.utils, utils.is_compile_supported = utils, lambda device: False
     for module in (compiler, utils): sys.modules[module.__name__] = module
     sys.modules.setdefault("wandb", None)  # timm would load it for a logger of its own
-    try: import timm  # noqa: F401
+    try:
+        import timm  # noqa: F401
+        import torchvision.transforms.v2  # noqa: F401
     finally:
         for name in ("torch._dynamo", "torch._dynamo.utils"): del sys.modules[name]
         if sys.modules["wandb"] is None: del sys.modules["wandb"]

@@ -112,7 +112,7 @@ class Settings(Section):
     recipes: dict[Name, Recipe]
 
 # %% ../notebooks/00_settings.ipynb #a381fe45
-RECIPES = {"faces": {"source": "faces"},
+RECIPES = {"faces": {"source": "faces", "backbone": "tf_efficientnet_lite1"},
            "cats_vs_dogs": {"source": "torchvision:OxfordIIITPet", "target": "animal", "backbone": "tf_efficientnet_lite1"}}
 
 # %% ../notebooks/00_settings.ipynb #d9264150

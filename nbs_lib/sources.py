@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .archives import Item, read_items
 from .dataset import OWN
+from .imports import load_vision
 from .settings import Recipe, Settings, UserError, write_atomic
 
 # %% auto #0
@@ -155,6 +156,7 @@ def _open_torchvision(name: str, settings: Settings) -> Iterator:
     "The parts of a dataset: train and test."
     import inspect
 
+    load_vision()
     import torchvision
     kind = getattr(torchvision.datasets, name, None)
     if name.startswith("_") or not inspect.isclass(kind) or not issubclass(kind, torchvision.datasets.VisionDataset):

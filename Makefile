@@ -4,6 +4,7 @@
 # make lab       open the notebooks in JupyterLab
 # make notebooks after editing notebooks: clean them and export them to nbs_lib
 # make check     are the notebooks clean, is nbs_lib in step with them, does ruff find anything
+# make screenshot the README's picture, of a run made now
 # make bench     measure, beside what people use today
 # make lock      pin the newest versions that pyproject.toml allows
 
@@ -14,7 +15,7 @@ TESTS ?= tests
 WORKERS ?= auto
 export UV_LINK_MODE ?= hardlink
 
-.PHONY: install loop test lab notebooks check bench lock
+.PHONY: install loop test lab notebooks check screenshot bench lock
 
 install: .venv/.installed
 
@@ -29,7 +30,7 @@ loop: install
 	@$(BIN)/loopbook loop $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SOURCE),--source "$(SOURCE)")
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lab: install
 	$(BIN)/jupyter lab notebooks
@@ -40,8 +41,12 @@ notebooks: install
 	$(BIN)/nbdev-export
 
 check: install
-	$(BIN)/python -m pytest tests/test_project.py
+	$(BIN)/python -m pytest tests/test_project.py -k "not examples"
 	$(BIN)/ruff check .
+
+screenshot: install
+	FACES=1200 $(BIN)/python -m pytest tests/test_whole_loop.py -k browser
+	mkdir -p docs && cp outputs/screenshots/evaluate.png docs/evaluate.png
 
 bench: install
 	$(BIN)/python tests/bench/bench.py

@@ -41,6 +41,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nbs_lib.cli._ended': ('cli.html#_ended', 'nbs_lib/cli.py'),
                              'nbs_lib.cli._images': ('cli.html#_images', 'nbs_lib/cli.py'),
                              'nbs_lib.cli._line': ('cli.html#_line', 'nbs_lib/cli.py'),
+                             'nbs_lib.cli._near': ('cli.html#_near', 'nbs_lib/cli.py'),
                              'nbs_lib.cli._percent': ('cli.html#_percent', 'nbs_lib/cli.py'),
                              'nbs_lib.cli._predict': ('cli.html#_predict', 'nbs_lib/cli.py'),
                              'nbs_lib.cli._print_json': ('cli.html#_print_json', 'nbs_lib/cli.py'),

@@ -54,7 +54,7 @@ def plot_balance(dataset: Dataset, most: int = 24):
             axes.barh(classes, widths, left=left, color=color, label=split)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set(title=title, xlabel="images")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 # %% ../notebooks/29_card.ipynb #7413c0d9

@@ -48,11 +48,15 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable]) -> None:
 
 def _percent(numbers: dict | None) -> str: return ", ".join(f"{k} {v:.1%}" for k, v in (numbers or {}).items() if isinstance(v, (int, float)))
 
+def _near(path) -> str:
+    "The path, from here where it lies below."
+    return str(Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else path)
+
 def _line(run):
     "One line on a step that has ended."
     from rich.text import Text
     took = f"{run.seconds:7.1f} s" if run.status != "skipped" else "unchanged"
-    line = Text.assemble(f"{run.step:<12}", (f"{run.status:<10}", COLOURS.get(run.status, "bold red")), f" {took}   ", run.folder)
+    line = Text.assemble(f"{run.step:<12}", (f"{run.status:<10}", COLOURS.get(run.status, "bold red")), f" {took}   ", _near(run.folder))
     return line.append(f"\n  cell {run.cell}: {run.error}" if run.cell else f"\n  {run.error}", "red") if run.error else line
 
 # %% ../notebooks/60_cli.ipynb #5abd5c7f
@@ -121,6 +125,7 @@ def loop(recipe: RecipeName = None,
          as_json: Json = False):
     "Download, train and evaluate what has changed, and promote a better model."
     from nbs_lib.loop import run_loop
+    if source and Path(source).expanduser().exists(): source = str(Path(source).expanduser().resolve())  # as seen from here, not from the home
     with _progress() as (on_step, on_cell): result = run_loop(recipe, source, force, on_step=on_step, on_cell=on_cell)
     if as_json: _print_json({"group": result.group, "recipe": result.recipe, "status": result.status, "steps": [vars(s) for s in result.steps]})
     else: _summary(result)
@@ -135,8 +140,8 @@ def _summary(result) -> None:
         _table(["accuracy", "candidate", "production before"], [(t, f"{a:.1%}", f"{before[t]:.1%}" if t in before else "–") for t, a in accuracy.items()])
         console.print(f"\ndecision     {facts['decision']}: {'; '.join(facts.get('reasons') or ['no reason given'])}", markup=False)
         console.print(f"production   {facts.get('production') or 'none'}", markup=False)
-    for step in result.steps: console.print(f"{step.step:<12} {Path(step.folder) / step.step}.html", markup=False)
-    console.print("dashboard    loopbook dashboard", markup=False)
+    for step in result.steps: console.print(f"{step.step:<12} {_near(Path(step.folder) / step.step)}.html", markup=False)
+    console.print(f"dashboard    {sys.argv[0] if Path(sys.argv[0]).name == 'loopbook' else 'loopbook'} dashboard", markup=False)
 
 # %% ../notebooks/60_cli.ipynb #3a4a715a
 @app.command(epilog="Examples:  loopbook runs  ·  loopbook runs --json")

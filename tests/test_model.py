@@ -27,7 +27,7 @@ def bundle(home):
 
 
 def test_weights_that_no_hub_gives(home, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as error: create_backbone("resnet18")
     assert all(word in str(error.value) for word in ("resnet18", "weights =", "tf_efficientnet_lite0"))
 

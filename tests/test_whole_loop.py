@@ -1,0 +1,156 @@
+"""The real loop, headless, on the embedded faces and on real photos: as a user runs it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHARED
+
+LOOPBOOK = Path(sys.executable).with_name("loopbook")
+FACES = os.environ.get("FACES", "240")
+CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
+OUTSIDE = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))}
+
+
+pytestmark = pytest.mark.xdist_group("whole loop")  # most tests here look at one run
+
+
+def loopbook(home: Path, *words, code: int = 0, **environment):
+    "What the command prints with --json; `code` is the exit code that it must end with."
+    done = subprocess.run([LOOPBOOK, *map(str, words), "--json"], capture_output=True, text=True, timeout=400, cwd=home,
+                          env=OUTSIDE | {"LOOPBOOK_HOME": str(home), "NETRC": str(home / "no-netrc")} | environment)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout) if done.stdout else done.stderr
+
+
+def faces(home: Path, *words, **environment):
+    home.mkdir(exist_ok=True)
+    gate = {} if int(FACES) >= 1000 else {"LOOPBOOK_GATE__MIN_ACCURACY": "0.5"}  # a few faces do not teach enough for the usual gate
+    return loopbook(home, "loop", *words, **{"LOOPBOOK_RECIPE_FACES__IMAGES": FACES}, **gate, **environment)
+
+
+def summaries(answer: dict) -> dict:
+    return {Path(s["notebook"]).stem.split("_")[1]: s["summary"] for s in answer["steps"]}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    "A home in which the loop of the faces has run once, and what it printed."
+    home = tmp_path_factory.mktemp("first")
+    return home, faces(home)
+
+
+def test_the_embedded_recipe_needs_nothing_and_puts_a_model_into_production(first):
+    home, answer = first
+    found = summaries(answer)
+    assert answer["status"] == "completed" and found["download"]["rows"] == int(FACES)
+    assert set(found["evaluate"]["accuracy"]) == {"beard", "moustache", "glasses", "hair_color", "hair_length"}
+    assert min(found["evaluate"]["accuracy"].values()) > 0.5 and found["evaluate"]["production"] == "faces-model:v0"
+    for step in answer["steps"]:
+        folder = Path(step["folder"])
+        name = Path(step["notebook"]).stem.split("_")[1]
+        notebook = json.loads((folder / f"{name}.ipynb").read_text())
+        assert all(c["metadata"]["papermill"]["status"] == "completed" for c in notebook["cells"])
+        assert "The run" in (folder / f"{name}.html").read_text()
+    assert sum(found[s]["images_embedded"] for s in ("train", "evaluate")) == int(FACES), "each image once"
+    [model] = loopbook(home, "models")
+    assert set(model["aliases"]) == {"latest", "candidate", "production"} and model["metadata"]["decision"] == "promote"
+
+
+def test_nothing_changed_and_nothing_is_done(first):
+    home, _ = first
+    assert [s["status"] for s in faces(home)["steps"]] == ["skipped"] * 3
+    forced = faces(home, "--force")
+    assert [s["status"] for s in forced["steps"]] == ["completed"] * 3
+    assert len(loopbook(home, "datasets")) == len(loopbook(home, "models")) == 1, "the same content is the same version"
+    assert summaries(forced)["evaluate"]["reasons"] == ["it is in production already"]
+
+
+def test_the_same_seed_gives_the_same_numbers_to_the_last_digit(first, tmp_path):
+    once, twice = summaries(first[1]), summaries(faces(tmp_path / "twice"))
+    for step, keys in (("train", ["validation_accuracy"]), ("evaluate", ["accuracy", "test", "decision"])):
+        for key in keys: assert once[step][key] == twice[step][key]
+    def weights(home): return next((home / "data" / "artifacts" / "faces-model" / "v0").glob("model.safetensors")).read_bytes()
+    assert weights(first[0]) == weights(tmp_path / "twice")
+
+
+def test_every_run_and_artifact_of_a_loop_reaches_wandb(wandb_server, tmp_path):
+    environment = wandb_server.env | {"LOOPBOOK_PROJECT__NAME": "whole-loop"}
+    answer = faces(tmp_path / "home", **environment)
+    state = wandb_server.state("whole-loop")
+    runs = {r["job_type"] if "job_type" in r else r["jobType"]: r for r in state["runs"]}
+    assert {"download", "train", "evaluate"} <= set(runs) and all(r["state"] == "finished" for r in state["runs"]), [(r["name"], r["state"]) for r in state["runs"]]
+    assert len({r["group"] for r in state["runs"]}) == 1
+    versions = {f"{a['name'].split(':')[0]}" for a in state["artifacts"]}
+    assert {"faces-dataset", "faces-model", "faces-download-notebook", "faces-train-notebook", "faces-evaluate-notebook"} <= versions
+    [model] = [a for a in state["artifacts"] if a["name"].split(":")[0] == "faces-model"]
+    assert "production" in str(model["aliases"]) and model["metadata"]["decision"] == "promote"
+    assert runs["evaluate"]["summary"]["production"] == "faces-model:v0" == summaries(answer)["evaluate"]["production"]
+    assert wandb_server.key not in "".join(p.read_text(errors="ignore") for p in (tmp_path / "home").rglob("*") if p.is_file() and p.suffix in (".ipynb", ".html", ".json", ".txt", ".log"))
+
+
+@pytest.mark.skipif(not (SHARED / "data").exists(), reason=f"no photos: {SHARED / 'data'} is missing")
+def test_real_photos_growing_source_rollback_and_prediction(tmp_path):
+    home, photos = tmp_path / "home", tmp_path / "my photos.zip"
+    home.mkdir()
+    with zipfile.ZipFile(SHARED / "data" / "cats_dogs.zip") as source:
+        names = {kind: sorted(n for n in source.namelist() if n.startswith(kind))[:160] for kind in ("cat", "dog")}
+        def add(first: int, last: int):
+            with zipfile.ZipFile(photos, "a") as target:
+                for kind in names:
+                    for n in names[kind][first:last]: target.writestr(n, source.read(n))
+        add(0, 120)
+        words = ("loop", "--recipe", "cats_vs_dogs", "--source", "../my photos.zip")
+        one = loopbook(home, *words)
+        add(120, 160)
+        two = loopbook(home, *words)
+        picture = tmp_path / "a [red]cat.jpg"
+        picture.write_bytes(source.read(names["cat"][159]))
+    assert summaries(one)["evaluate"]["accuracy"]["animal"] > 0.95 and summaries(one)["evaluate"]["decision"] == "promote"
+    assert summaries(two)["download"]["rows"] == 320
+    assert sum(summaries(two)[s]["images_embedded"] for s in ("train", "evaluate")) == 80, "only the new ones"
+    assert "production_accuracy" in summaries(two)["evaluate"]
+    loopbook(home, "promote", "v1", "--recipe", "cats_vs_dogs")
+    loopbook(home, "rollback", "--recipe", "cats_vs_dogs")
+    assert {a: m["version"] for m in loopbook(home, "models") for a in m["aliases"]} | {"candidate": ""} == {"latest": "v1", "candidate": "", "previous": "v1", "production": "v0"}
+    assert [s["status"] for s in loopbook(home, *words)["steps"]] == ["skipped"] * 3, "a rollback by hand stays"
+    said = json.dumps(loopbook(home, "predict", picture, "--recipe", "cats_vs_dogs", "--top", "2"))
+    assert '"cat"' in said and picture.name in said
+
+
+def test_a_missing_source_is_said_in_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "home").mkdir()
+    done = subprocess.run([LOOPBOOK, "loop", "--source", "nowhere.zip"], capture_output=True, text=True, timeout=200, env=OUTSIDE | {"LOOPBOOK_HOME": str(tmp_path / "home")})
+    assert done.returncode in (1, 2) and "nowhere.zip" in done.stderr
+    assert not list((tmp_path / "home" / "data").rglob("*.parquet"))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_the_report_in_a_browser(first):
+    from playwright.sync_api import sync_playwright
+    page_file = Path(summaries_folder(first[1], "evaluate")) / "evaluate.html"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"])
+        page = browser.new_page(viewport={"width": 1000, "height": 1150}, device_scale_factor=1)
+        problems, asked = [], []
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(page_file.as_uri())
+        assert page.get_by_role("heading", name="The decision").is_visible() and not page.get_by_text("calibration_error(labels").is_visible()
+        page.get_by_text("How this step works").click()
+        assert page.get_by_role("heading", name="How good").is_visible()
+        page.get_by_text("How this step works").click()
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
+        (ROOT / "outputs" / "screenshots").mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=ROOT / "outputs" / "screenshots" / "evaluate.png")
+        browser.close()
+    assert not problems and all(u.startswith(("file:", "data:")) for u in asked)
+
+
+def summaries_folder(answer: dict, step: str) -> str:
+    return next(s["folder"] for s in answer["steps"] if Path(s["notebook"]).stem.endswith(step))

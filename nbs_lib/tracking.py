@@ -150,7 +150,7 @@ class Tracker:
         return self.get(version.ref)
 
     def annotate(self, ref: str, metadata: dict) -> Version:
-        "Add `metadata` to what the version's card in the tracker says; the files stay as they are. Raises `UserError`."
+        "Add `metadata` to what the tracker says of the version (wandb-offline: the local store only); its files stay as they are. Raises `UserError`."
         version = self.get(ref)
         self._backend.annotate(version.name, version.version, version.metadata | plain(metadata))
         return self.get(version.ref)

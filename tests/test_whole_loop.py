@@ -2,8 +2,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -150,6 +152,36 @@ def test_the_report_in_a_browser(first):
         page.screenshot(path=ROOT / "outputs" / "screenshots" / "evaluate.png")
         browser.close()
     assert not problems and all(u.startswith(("file:", "data:")) for u in asked)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_run_all_in_jupyterlab(first, tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folders = {"HOME": tmp_path / "user", "JUPYTERLAB_SETTINGS_DIR": tmp_path / "settings", "JUPYTERLAB_WORKSPACES_DIR": tmp_path / "workspaces", "LOOPBOOK_HOME": first[0]}
+    lab = subprocess.Popen([LOOPBOOK.with_name("jupyter-lab"), "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=tok",
+                            "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+                           cwd=tmp_path, env=OUTSIDE | {k: str(v) for k, v in folders.items()}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+            page = browser.new_page(viewport={"width": 1200, "height": 1000})
+            for _ in range(120):
+                try: page.goto(f"http://127.0.0.1:{port}/lab/tree/notebooks/33_train.ipynb?token=tok&reset"); break
+                except Exception: time.sleep(0.5)
+            page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=90_000)
+            page.evaluate("async () => { await window.jupyterapp.restored; await window.jupyterapp.commands.execute('runmenu:run-all') }")
+            expect(page.locator(".jp-OutputArea .jp-RenderedMarkdown", has_text="is the candidate;")).to_be_attached(timeout=150_000)
+            assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+            page.screenshot(path=ROOT / "outputs" / "screenshots" / "jupyterlab.png")
+            browser.close()
+    finally:
+        lab.terminate()
+        lab.wait(20)
 
 
 def summaries_folder(answer: dict, step: str) -> str:

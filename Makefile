@@ -11,7 +11,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 UV = $(shell command -v uv || echo $(BIN)/uv)
-TESTS ?= tests
 WORKERS ?= auto
 export UV_LINK_MODE ?= hardlink
 
@@ -29,8 +28,11 @@ install: .venv/.installed
 loop: install
 	@$(BIN)/loopbook loop $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SOURCE),--source "$(SOURCE)")
 
+# the last two use all cores themselves, so they come after the parallel ones, each in a process of its own
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/test_whole_loop.py --ignore tests/test_train.py tests
+	$(BIN)/python -m pytest tests/test_train.py
+	$(BIN)/python -m pytest tests/test_whole_loop.py
 
 lab: install
 	$(BIN)/jupyter lab notebooks

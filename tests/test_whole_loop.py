@@ -18,9 +18,6 @@ CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "
 OUTSIDE = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))}
 
 
-pytestmark = pytest.mark.xdist_group("whole loop")  # most tests here look at one run
-
-
 def loopbook(home: Path, *words, code: int = 0, **environment):
     "What the command prints, with --json where it can; `code` is the exit code that it must end with."
     done = subprocess.run([LOOPBOOK, *map(str, words), *([] if words[0] in ("promote", "rollback") else ["--json"])], capture_output=True, text=True, timeout=400, cwd=home,

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +74,8 @@ class Engine:
 # %% ../notebooks/26_engine.ipynb #e36433b1
 def _torch(network, size, plan, batch_size):
     import torch
-    network = network.to(plan.device, memory_format=torch.channels_last)
+    # a copy: another thread may read the caller's weights while these change their layout
+    network = deepcopy(network).to(plan.device, memory_format=torch.channels_last)
     dtype, lock = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.precision), threading.Lock()
     def run(images):
         x = torch.from_numpy(images).to(plan.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -101,7 +103,7 @@ def _converted(network, size) -> Path:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the tracer that OpenVINO uses
             # traced and frozen here: a quarter of the time that OpenVINO takes when it is given the module
-            traced = torch.jit.freeze(torch.jit.trace(network.cpu(), torch.zeros(2, 3, size, size, dtype=torch.uint8), check_trace=False))
+            traced = torch.jit.freeze(torch.jit.trace(network, torch.zeros(2, 3, size, size, dtype=torch.uint8), check_trace=False))
             graph = openvino.convert_model(traced, input=[([-1, 3, size, size], openvino.Type.u8)])
         openvino.save_model(graph, temporary / "model.xml", compress_to_fp16=False)
         try: temporary.rename(folder)

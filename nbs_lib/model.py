@@ -137,7 +137,7 @@ def predict_dataset(model: Classifier, dataset, ids: Sequence[str], batch_size: 
     "Calibrated probabilities (n, classes) for each target, in the order of `ids`, and how many images had to be computed."
     if model.card["mode"] == "head":
         features, computed = embed(model.network.body, model.how, model.plan, dataset, ids, batch_size)
-        with torch.inference_mode(): logits = model.network.cpu().classify(torch.from_numpy(features)).numpy() if len(ids) else np.zeros((0, sum(map(len, model.targets.values()))))
+        with torch.inference_mode(): logits = model.network.classify(torch.from_numpy(features)).numpy() if len(ids) else np.zeros((0, sum(map(len, model.targets.values()))))
     else:
         logits, computed = embed(model.network, model.how, model.plan, dataset, ids, batch_size)
     return model.split(logits), computed

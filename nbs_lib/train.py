@@ -60,7 +60,7 @@ def train_heads(dataset: Dataset, recipe: Recipe, plan: Plan) -> Trained:
     for (target, y), layer in zip(class_numbers(rows, dataset.targets).items(), network.heads, strict=True):
         heads[target] = head = fit_head(features[train], y[train], features[~train], y[~train], len(dataset.targets[target]), target)
         layer.weight.data, layer.bias.data = torch.from_numpy(head.weight), torch.from_numpy(head.bias)
-    return Trained(network.cpu(), how, heads, computed=computed)
+    return Trained(network, how, heads, computed=computed)
 
 # %% ../notebooks/33_train.ipynb #19b327c8
 def train_whole(dataset: Dataset, recipe: Recipe, plan: Plan, on_epoch: Callable[[int, dict], None] | None = None) -> Trained:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import runs
+from .kernels import warm_kernels
 from .pipeline import find_notebook, run_notebook
 from .runs import Run
-from .settings import Recipe, Settings, Train, UserError, home, load_settings, repository, use_recipe, write_atomic
+from .settings import Recipe, Settings, Train, load_settings, repository, use_recipe
+from .writer import writer
 
 # %% auto #0
 __all__ = ['SOURCE', 'STEPS', 'Step', 'code_digest', 'fingerprint', 'done_before', 'Loop', 'run_loop']
@@ -78,35 +81,26 @@ class Loop:
         "completed, or the status of the step that ended it."
         return next((r.status for r in self.steps if r.status not in ("completed", "skipped")), "completed")
 
-def run_loop(recipe: str | None = None, source: str | None = None, force: bool = False, trigger: str = "cli",
+def run_loop(recipe: str | None = None, source: str | None = None, force: bool = False, timeout: float | None = None, trigger: str = "cli",
              on_step: Callable[[str, Run | None], None] | None = None, on_cell: Callable[[int, int], None] | None = None) -> Loop:
-    """Run the steps of `recipe` whose fingerprint has changed, or all of them with `force`; returns what was done.
+    """Run the steps of `recipe` whose fingerprint has changed, or all of them with `force`, for at most `timeout` seconds; returns what was done.
 
-    `on_step(name, None)` is called before a step, `on_step(name, record)` after it; raises `UserError`, also where another loop is running."""
-    from filelock import FileLock, Timeout
-    settings = load_settings()
+    `on_step(name, None)` is called before a step, `on_step(name, record)` after it; raises `UserError`, also where somebody else is writing."""
+    settings, began = load_settings(), time.monotonic()
     name, _ = use_recipe(settings, recipe)
     if source is not None: settings = settings.model_copy(update={"recipes": settings.recipes | {name: settings.recipes[name].model_copy(update={"source": source})}})
     group, steps = runs.new_id("loop"), []
-    lock, holder = home() / "outputs" / "loop.lock", home() / "outputs" / "loop.json"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock).acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"a loop is already running here ({holder.read_text() if holder.exists() else lock}); wait for it to end, or stop it") from None
-    except OSError as error: raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); make it a writable folder") from None
-    with held:
-        write_atomic(holder, json.dumps({"group": group, "recipe": name, "started": runs.now()}))
+    with writer(f"{group} of {name}", wait=False), warm_kernels():
         from nbs_lib.tracking import open_tracker
         tracker = open_tracker(settings)
         for step in STEPS:
             notebook, parameters = find_notebook(step.notebook), {"recipe": name} | ({"source": source} if step.reads_source and source else {})
             if on_step: on_step(runs.step_name(notebook), None)
             mark = fingerprint(step, notebook, parameters, settings, tracker)
+            left = timeout and max(began + timeout - time.monotonic(), 0.1)
             if not force and (last := done_before(notebook, parameters, mark, tracker)): run = replace(last, status="skipped")
-            else: run = run_notebook(notebook, parameters, trigger=trigger, group=group, fingerprint=mark, on_cell=on_cell)
+            else: run = run_notebook(notebook, parameters, timeout=left, trigger=trigger, group=group, fingerprint=mark, on_cell=on_cell)
             steps.append(run)
             if on_step: on_step(run.step, run)
             if run.status not in ("completed", "skipped"): break
-        holder.unlink(missing_ok=True)
     return Loop(group, name, steps)

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import runs
+from .kernels import KernelManager, kill_processes, which_kernel
 from .parameters import checked
 from .runs import Run
 from .settings import UserError, home, load_settings, nearest, repository, write_atomic
 
 # %% auto #0
-__all__ = ['GRACE', 'find_notebook', 'which_kernel', 'kill_processes', 'Stop', 'AtomicFiles', 'load_papermill', 'run_notebook']
+__all__ = ['GRACE', 'find_notebook', 'Stop', 'AtomicFiles', 'load_papermill', 'run_notebook']
 
 # %% ../notebooks/54_pipeline.ipynb #5ec43da9
 def find_notebook(name: str | Path) -> Path:
@@ -33,44 +34,8 @@ def find_notebook(name: str | Path) -> Path:
     if str(name) in steps: return steps[str(name)]
     raise UserError(f"notebook {str(name)!r}: neither a file nor a step{nearest(str(name), steps)}")
 
-# %% ../notebooks/54_pipeline.ipynb #5cfa9f1f
-def _own_kernel_manager():
-    "jupyter_client's kernel manager, whose `python3` is this interpreter."
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    class OwnKernelManager(AsyncKernelManager):
-        @property
-        def kernel_spec(self):
-            if self.kernel_name != "python3": return super().kernel_spec
-            return KernelSpec(**get_kernel_dict() | {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]})
-    return OwnKernelManager
-
-def which_kernel(notebook: Path, kernel: str | None = None) -> str:
-    "`kernel`, or else the one that `notebook` names, or else `python3`; raises `UserError` where it is not installed."
-    from jupyter_client.kernelspec import KernelSpecManager
-    kernel = kernel or json.loads(notebook.read_text(encoding="utf-8")).get("metadata", {}).get("kernelspec", {}).get("name") or "python3"
-    known = KernelSpecManager().find_kernel_specs()
-    if kernel not in known: raise UserError(f"kernel {kernel!r} is not installed{nearest(kernel, known)}")
-    return kernel
-
 # %% ../notebooks/54_pipeline.ipynb #23b504a9
 GRACE = 5    # seconds that an interrupted notebook has to close its files and its tracked run
-
-def kill_processes(id: str) -> None:
-    "Kill every process that was started, at whatever remove, by the run's kernel."
-    import psutil
-    def theirs(process) -> bool:
-        try: return process.pid != os.getpid() and process.environ().get("LOOPBOOK_RUN_ID") == id and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error: return False
-    for _ in range(20):                                    # a process may have forked while we looked
-        left = [p for p in psutil.process_iter() if theirs(p)]
-        if not left: return
-        for process in left:
-            try: process.kill()
-            except psutil.Error: pass
-        time.sleep(0.02)
 
 class Stop:
     "The wish to end a run, and why: `cancelled`, or `timed out after … s`."
@@ -81,7 +46,7 @@ class Stop:
         self.reason = self.reason or reason
         try: self.kernel and os.killpg(self.kernel, signal.SIGINT)
         except ProcessLookupError: pass
-        timer = threading.Timer(GRACE, kill_processes, [self.id])
+        timer = threading.Timer(GRACE, kill_processes, [self.id, self.kernel])
         timer.daemon = True
         timer.start()
 
@@ -90,7 +55,7 @@ class Stop:
         "Within, SIGINT, SIGTERM, SIGHUP and the end of `timeout` seconds stop the run; a second signal does not wait."
         def on_signal(*_):
             if not self.reason: return self("cancelled")
-            kill_processes(self.id)
+            kill_processes(self.id, self.kernel)
         before = {}
         if threading.current_thread() is threading.main_thread():
             wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]   # nohup, &
@@ -101,7 +66,7 @@ class Stop:
         try: yield
         finally:
             timer.cancel()
-            kill_processes(self.id)
+            kill_processes(self.id, self.kernel)
             for number, handler in before.items(): signal.signal(number, handler)
 
 # %% ../notebooks/54_pipeline.ipynb #98ab91b2
@@ -145,7 +110,7 @@ def load_papermill():
                 if cell.cell_type != "code": return
                 save()
                 if on_cell: on_cell(code.index(cell_index) + 1, len(code))
-            client = Client(book, kernel_name=kernel_name, kernel_manager_class=_own_kernel_manager(), timeout=cell_timeout, startup_timeout=120,
+            client = Client(book, kernel_name=kernel_name, kernel_manager_class=KernelManager, timeout=cell_timeout, startup_timeout=120,
                             stdout_file=log, stderr_file=log, store_widget_state=False, on_cell_start=starts)
             client.stop = stop
             client.km = client.create_kernel_manager()

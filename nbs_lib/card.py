@@ -8,7 +8,7 @@ from __future__ import annotations
 from .dataset import SPLITS, Dataset
 
 # %% auto #0
-__all__ = ['numbers', 'left_out', 'plot_balance', 'plot_samples']
+__all__ = ['numbers', 'left_out', 'plot_balance', 'plot_samples', 'plot_pictures']
 
 # %% ../notebooks/29_card.ipynb #b580e904
 def numbers(dataset: Dataset):
@@ -74,4 +74,19 @@ def plot_samples(dataset: Dataset, most: int = 10, each: int = 6):
         row[0].set_title(f"{target}: {label}", fontsize=9, loc="left")
         for axes in row: axes.axis("off")
         for axes, id in zip(row, line, strict=False): axes.imshow(pictures[id])
+    return figure
+
+# %% ../notebooks/29_card.ipynb #3559f63f
+def plot_pictures(titled: list[tuple[str, bytes]], columns: int = 6):
+    "Image files' bytes as pictures, with a title each; returns the figure."
+    import matplotlib.pyplot as plt
+    from PIL import ImageOps
+
+    from nbs_lib.images import picture
+    lines = max(1, -(-len(titled) // columns))
+    figure, panels = plt.subplots(lines, columns, figsize=(2 * columns, 2.3 * lines), layout="constrained", squeeze=False)
+    for axes in panels.flat: axes.axis("off")
+    for axes, (title, data) in zip(panels.flat, titled, strict=False):
+        axes.imshow(ImageOps.contain(picture(data), (160, 160)))
+        axes.set_title(title, fontsize=8, parse_math=False)
     return figure

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
@@ -239,9 +239,11 @@ def _collect(items: Iterable[Item], known: _Known, spool, limits: Data) -> tuple
 
 # %% ../notebooks/22_dataset.ipynb #2c0358a6
 def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str | None = None, recipe_source: str | None = None,
-                  parent: Dataset | None = None, limits: Data | None = None, signature: str | None = None) -> Dataset:
+                  parent: Dataset | None = None, limits: Data | None = None, signature: str | None = None,
+                  splits: Mapping[str, str] | None = None) -> Dataset:
     """Write a dataset version of `parent` and `items` to `folder`, which must not exist; returns it, or `parent` where nothing is new.
-    `source` is what was read (None: as in `parent`), `recipe_source` what the recipe said then, `signature` the source's fingerprint.
+    `source` is what was read (None: as in `parent`), `recipe_source` what the recipe said then, `signature` the source's fingerprint,
+    `splits` the place of images that join `parent` and shall not follow their id's hash.
     Raises `UserError`, then nothing is written."""
     folder, known = Path(folder), _Known(parent)
     if folder.exists(): raise FileExistsError(folder)
@@ -255,7 +257,7 @@ def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str
             targets = report.pop("targets")
             if wrong := [t for t in targets if t in OWN]: raise UserError(f"{source or name}: a target cannot be called {wrong[0]!r}; rename that column")
             if parent:
-                for row in rows: row["split"] = hash_split(row["id"])
+                for row in rows: row["split"] = (splits or {}).get(row["id"]) or hash_split(row["id"])
             else: _deal(rows, targets[0])
             trained = parent.rows[parent.rows["split"] == "train"] if parent else {}
             _teach_every_class(rows, targets, {(t, c) for t in known.targets for c in trained[t].dropna().unique()})

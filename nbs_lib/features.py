@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['T', 'R', 'FeatureCache', 'batches', 'parallel', 'run_network', 'embed']
+__all__ = ['T', 'R', 'FeatureCache', 'batches', 'parallel', 'stack', 'run_network', 'embed']
 
 # %% ../notebooks/27_features.ipynb #b6529b58
 class FeatureCache:
@@ -81,12 +81,16 @@ def parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> It
             for future in waiting: future.cancel()
 
 # %% ../notebooks/27_features.ipynb #17e8df2f
+def stack(files: Iterable[bytes], how: Preprocessing) -> np.ndarray:
+    "Image files' bytes as one uint8 (n, 3, s, s) input of a network; raises `BadImage`."
+    import numpy as np
+    return np.stack([preprocess(data, how).numpy() for data in files])
+
 def run_network(engine: Engine, how: Preprocessing, images: Iterable[tuple[str, bytes]]) -> Iterator[tuple[list[str], np.ndarray]]:
     "Preprocess and run (id, file bytes) pairs; yields ids and float32 (n, d) outputs, batch by batch."
-    import torch
     def work(batch):
         ids, files = zip(*batch, strict=True)
-        return list(ids), engine(torch.stack([preprocess(data, how) for data in files]).numpy())
+        return list(ids), engine(stack(files, how))
     yield from parallel(work, batches(images, engine.batch_size), workers=os.cpu_count() or 1)
 
 # %% ../notebooks/27_features.ipynb #f85c9738

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 
 from PIL import Image, ImageOps
 
 from .imports import load_vision
 
 # %% auto #0
-__all__ = ['FORMATS', 'image_id', 'BadImage', 'check_image', 'picture', 'decode_rgb']
+__all__ = ['FORMATS', 'image_id', 'BadImage', 'open_image', 'check_image', 'picture', 'decode_rgb']
 
 # %% ../notebooks/20_images.ipynb #320bcc74
 def image_id(data: bytes) -> str:
@@ -27,10 +28,15 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "PPM")  # no for
 class BadImage(ValueError):
     "A file that cannot be used as an image; the message says why."
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes, max_megapixels: float = math.inf) -> Image.Image:
+    "The image by its header alone, not decoded yet; raises `BadImage` for what is none, and for a larger one."
     if not data: raise BadImage("empty file")
-    try: return Image.open(io.BytesIO(data), formats=FORMATS)
+    try: image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception: raise BadImage("not an image of a known format") from None  # decoders raise anything
+    width, height = image.size
+    if width * height > max_megapixels * 1e6:
+        raise BadImage(f"{width} x {height} pixels are more than the {max_megapixels:g} megapixels allowed")
+    return image
 
 def _orientation(image: Image.Image) -> int:
     try: return image.getexif().get(0x0112, 1)
@@ -39,10 +45,8 @@ def _orientation(image: Image.Image) -> int:
 # %% ../notebooks/20_images.ipynb #8f888726
 def check_image(data: bytes, max_megapixels: float = 100) -> tuple[int, int, str]:
     "Width and height in pixels after EXIF rotation, and the format (`JPEG`, `PNG`…); decodes all of `data`, raises `BadImage`."
-    image = _open(data)
+    image = open_image(data, max_megapixels)
     width, height = image.size
-    if width * height > max_megapixels * 1e6:
-        raise BadImage(f"{width} x {height} pixels are more than the {max_megapixels:g} megapixels allowed")
     orientation, format = _orientation(image), "JPEG" if image.format == "MPO" else image.format
     try:
         image.draft("RGB", (1, 1))
@@ -68,7 +72,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 # %% ../notebooks/20_images.ipynb #5c0f76e8
 def picture(data: bytes) -> Image.Image:
     "The image of a file, upright and RGB, to look at; raises `BadImage`."
-    image = _open(data)
+    image = open_image(data)
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
@@ -83,4 +87,4 @@ def decode_rgb(data: bytes):
         try: return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError: pass  # rare kinds of JPEG; and Pillow has the clearer words for broken ones
     import numpy as np
-    return torch.from_numpy(np.array(picture(data))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(picture(data))).permute(2, 0, 1)

@@ -109,6 +109,26 @@ def test_engines_agree_on_a_real_backbone(home):
     assert cosine(results[0], results[1]).min() > 0.9999 and cosine(results[0], results[2]).min() > 0.99
 
 
+@pytest.mark.parametrize("runs_on", ["torch", "openvino"])
+def test_an_engine_takes_any_number_of_images_and_their_company_does_not_matter(home, runs_on):
+    from nbs_lib.model import Body
+    body = Body(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW).eval()
+    run = engine.Engine(body, 32, engine.Plan("cpu", runs_on, "fp32"), 6)
+    images = np.random.default_rng(0).integers(0, 256, (13, 3, 32, 32), dtype=np.uint8)
+    together = run(images)
+    assert together.shape == (13, 1280)
+    for first, last in ((0, 1), (5, 7), (12, 13), (3, 13)): assert np.array_equal(run(images[first:last]), together[first:last])
+
+
+def test_a_classifier_says_what_its_network_says(bundle):
+    model = load_model(bundle, "cpu", "torch", "fp32")
+    pixels = np.stack([preprocess(picture("red", i), HOW).numpy() for i in range(3)])
+    with torch.inference_mode(): logits = model.network(torch.from_numpy(pixels))
+    for row, said in zip(logits, model.answers(pixels, 4), strict=True):
+        wanted = dict(zip(("blue", "red"), (row[:2] / 2).softmax(0).tolist(), strict=True)) | dict(zip(("big", "small"), row[2:].softmax(0).tolist(), strict=True))
+        assert all(abs(wanted[c] - p) < 1e-4 for table in said.values() for c, p in table.items())
+
+
 @pytest.mark.parametrize("wanted", [dict(device="cuda"), dict(device="cpu", precision="fp16"), dict(device="mps", engine="openvino")])
 def test_what_this_machine_cannot_run_is_refused(wanted):
     if wanted["device"] == "cuda" and torch.cuda.is_available(): pytest.skip("there is a CUDA device here")

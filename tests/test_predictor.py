@@ -1,0 +1,446 @@
+"""Prediction while models change, files are broken and processes die."""
+import gc
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from small_data import picture
+
+from nbs_lib import predictions
+from nbs_lib.backbone import create_backbone, preprocess, preprocessing_of
+from nbs_lib.gate import promote, rollback
+from nbs_lib.images import BadImage
+from nbs_lib.model import Network, load_model, save_model
+from nbs_lib.predictions import image_files, write_predictions
+from nbs_lib.predictor import BATCH, Predictor, read_image
+from nbs_lib.settings import Data, UserError, load_settings
+from nbs_lib.tracking import open_tracker
+
+NAME = "faces-model"
+
+
+def forget_trackio():
+    for name in [m for m in sys.modules if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
+
+
+def bundle(folder: Path, seed: int) -> Path:
+    "A model on real weights with heads drawn by `seed`."
+    backbone = create_backbone("tf_efficientnet_lite0")
+    how = preprocessing_of(backbone, 96)
+    torch.manual_seed(seed)
+    network = Network(backbone, how, {"colour": ["blue", "green", "red"], "size": ["big", "small"]}).eval()
+    return save_model(folder, network, how, {"backbone": "tf_efficientnet_lite0", "mode": "head", "temperature": {"colour": 1.0, "size": 2.0}})
+
+
+def log(tracker, folder: Path):
+    with tracker.start("train", "train") as run: return run.log_artifact(NAME, "model", folder)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "Settings and tracker of a home with two versions."
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))]: patch.delenv(name)
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("LOOPBOOK_HOME", str(home))
+        (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n")
+        forget_trackio()
+        settings = load_settings()
+        tracker = open_tracker(settings)
+        for seed in (0, 1): log(tracker, bundle(home / f"model {seed}", seed))
+        yield settings, tracker
+        forget_trackio()
+
+
+@pytest.fixture
+def production(project):
+    "The same with v0 in production, v1 before it."
+    settings, tracker = project
+    promote(tracker, NAME, "v1")
+    promote(tracker, NAME, "v0")
+    return settings, tracker
+
+
+def own_answers(project, version: str, images: list[bytes]) -> list[dict]:
+    model = load_model(project[1].download(f"{NAME}:{version}"))
+    return [model.predict_one(data) for data in images]
+
+
+def near(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(abs(one[t][c] - p) < 1e-3 for t, said in other.items() for c, p in said.items())
+
+
+# Following
+
+def test_threads_are_answered_without_a_failure_while_versions_are_promoted_and_rolled_back(production):
+    images = [picture(kind, seed) for seed in range(2) for kind in ("red", "blue")]
+    own = {f"{NAME}:{v}": own_answers(production, v, images) for v in ("v0", "v1")}
+    assert not near(own[f"{NAME}:v0"][0], own[f"{NAME}:v1"][0])
+    predictor, over, wrong = Predictor(settings=production[0]), threading.Event(), []
+    latest = [None] * 4
+    def ask(me: int):
+        while not over.is_set():
+            for number, data in enumerate(images):
+                try:
+                    said = predictor.predict_one(data)
+                    if not near(said["targets"], own[said["model"]][number]): wrong.append(said)
+                except Exception as error: wrong.append(error)
+                latest[me] = said["model"]
+                time.sleep(0.01)
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(latest))]
+    for thread in threads: thread.start()
+    took = []
+    try:
+        for change, then in ((partial(promote, version="v1"), "v1"), (rollback, "v0"), (rollback, "v1")):
+            change(production[1], NAME)
+            start = time.perf_counter()
+            while set(latest) != {f"{NAME}:{then}"}:
+                assert time.perf_counter() < start + 20, latest
+                time.sleep(0.02)
+            took.append(time.perf_counter() - start)
+    finally:
+        over.set()
+        for thread in threads: thread.join()
+    assert not wrong, wrong[:3]
+    assert min(took) < 5, "the slowest one may have met a busy machine"
+
+
+def test_a_stream_goes_over_to_the_new_version_between_two_batches(production):
+    predictor = Predictor(settings=production[0], follow=False)
+    def images():
+        for number in range(20 * BATCH):
+            if number == 10 * BATCH:
+                promote(production[1], NAME, "v1")
+                predictor.refresh()
+            yield data
+    data = picture("red", 0)
+    said = [row["model"] for row in predictor.predict(images())]
+    assert len(said) == 20 * BATCH and said == sorted(said) and {said[0], said[-1]} == {f"{NAME}:v0", f"{NAME}:v1"}
+
+
+def test_a_version_given_by_number_is_kept(production):
+    predictor = Predictor("faces", "v1", production[0])
+    promote(production[1], NAME, "v0")
+    predictor.refresh()
+    assert predictor.version == f"{NAME}:v1" and not [t for t in threading.enumerate() if t.name == "predictor"]
+    with pytest.raises(UserError, match="faces-model:v99"): Predictor(model="v99", settings=production[0])
+
+
+@pytest.mark.parametrize("damage", ["weights", "card", "gone from the store"])
+def test_a_version_that_cannot_be_taken_into_use_leaves_the_old_one_answering(production, tmp_path, damage):
+    settings, tracker = production
+    folder, data = bundle(tmp_path / "model", 7 + len(damage)), picture("red", 0)
+    if damage == "weights": (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5000])
+    if damage == "card": (folder / "model.json").write_text("{}")
+    bad = log(tracker, folder)
+    if damage == "gone from the store":
+        for file in tracker._backend.files(bad.ref).values():
+            file.chmod(0o644)
+            file.unlink()
+    predictor = Predictor(settings=settings, follow=False)
+    before = predictor.predict_one(data)
+    promote(tracker, NAME, bad.version)
+    with pytest.warns(UserWarning, match=f"{bad.ref} cannot be taken into use .*; {NAME}:v0 goes on answering"): predictor.refresh()
+    predictor.refresh()  # not tried again at once
+    assert predictor.predict_one(data) == before and before["model"] == f"{NAME}:v0"
+    promote(tracker, NAME, "v1")
+    predictor.refresh()
+    assert predictor.predict_one(data)["model"] == predictor.version == f"{NAME}:v1"
+
+
+def test_a_tracker_out_of_reach_does_not_disturb(production, monkeypatch):
+    predictor, data = Predictor(settings=production[0], follow=False), picture("red", 0)
+    monkeypatch.setattr(production[1]._backend.storage, "get_artifact_manifest", lambda *a: 1 / 0)
+    with pytest.warns(UserWarning, match="division by zero"): predictor.refresh()
+    assert predictor.predict_one(data)["model"] == f"{NAME}:v0"
+
+
+def test_a_predictor_that_nobody_uses_goes_away_with_its_thread(production):
+    predictor = Predictor(settings=production[0])
+    [thread] = [t for t in threading.enumerate() if t.name == "predictor"]
+    del predictor
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_process_ends_in_order_while_a_version_is_being_loaded(production):
+    code = """
+import sys
+from nbs_lib import predictor
+from nbs_lib.gate import promote
+predictor.POLL = 0.01
+follower = predictor.Predictor()
+load, begun = predictor.Predictor._load, predictor.threading.Event()
+def slow(self, *a):
+    begun.set()
+    return load(self, *a)
+predictor.Predictor._load = slow
+promote(follower._tracker, "faces-model", "v1")
+assert begun.wait(20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_wandb_is_followed_too(wandb_server, tmp_path):
+    code = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_predictor import *
+tracker = open_tracker()
+for seed in (0, 1): log(tracker, bundle(Path("model") / str(seed), seed))
+promote(tracker, NAME, "v0")
+predictor, data, other = Predictor(), picture("red", 0), open_tracker()
+for change, then in ((partial(promote, version="v1"), "v1"), (rollback, "v0")):
+    assert predictor.predict_one(data)["model"] != NAME + ":" + then
+    change(other, NAME)
+    start = time.perf_counter()
+    while predictor.predict_one(data)["model"] != NAME + ":" + then:
+        assert time.perf_counter() < start + 20
+        time.sleep(0.02)
+"""
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))} | wandb_server.env
+    env |= {"LOOPBOOK_HOME": str(tmp_path), "LOOPBOOK_TRACKING__BACKEND": "wandb", "LOOPBOOK_PROJECT__NAME": "followed"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# One image, many images
+
+def test_threads_that_meet_at_the_first_request_build_one_engine(project, monkeypatch):
+    from nbs_lib import model as models
+    built, engine = [], models.Engine
+    def slow(*args):
+        built.append(args)
+        time.sleep(0.2)
+        return engine(*args)
+    monkeypatch.setattr(models, "Engine", slow)
+    model, data, said = load_model(project[1].download(f"{NAME}:v0")), picture("red", 0), []
+    threads = [threading.Thread(target=lambda: said.append(model.predict_one(data))) for _ in range(6)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(built) == 1 and len(said) == 6 and all(answer == said[0] for answer in said)
+
+
+def test_a_broken_image_is_an_error_in_its_place(production, tmp_path):
+    bomb, big = io.BytesIO(), tmp_path / "big.jpg"
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    with open(big, "wb") as file: file.truncate(60_000_000)
+    (tmp_path / "good.jpg").write_bytes(picture("red", 0))
+    images = [picture("red", 0), b"", bomb.getvalue(), picture("blue", 1)[:500], big, tmp_path / "nowhere.jpg", tmp_path, tmp_path / "good.jpg"]
+    predictor = Predictor(settings=production[0])
+    said = list(predictor.predict(images))
+    assert ["error" in row for row in said] == [False] + [True] * 6 + [False] and said[0] == said[-1]
+    for row, word in zip(said[1:], ("empty", "megapixels", "", "60.0 MB, allowed are 50", "No such file", "directory"), strict=False): assert word in row["error"]
+    with pytest.raises(BadImage, match="megapixels"): predictor.predict_one(bomb.getvalue())
+    with pytest.raises(BadImage): predictor.predict_one(picture("blue", 1)[:500])
+    assert list(predictor.predict([])) == [] and [row.keys() for row in predictor.predict([b""])] == [{"model", "error"}]
+
+
+def test_a_stream_is_read_only_some_batches_ahead(production):
+    taken, data = [], picture("red", 0)
+    def endless():
+        while True:
+            taken.append(1)
+            yield data
+    stream = Predictor(settings=production[0]).predict(endless())
+    for _ in range(3): next(stream)
+    assert len(taken) <= BATCH * (2 * os.cpu_count() + 2)
+    stream.close()
+
+
+def test_pixels_are_those_of_torchvision():
+    "The network's input is what torchvision's own transform gives."
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    from nbs_lib.images import decode_rgb
+    how = preprocessing_of(create_backbone("tf_efficientnet_lite0", pretrained=False))
+    for width, height in ((300, 200), (123, 457), (40, 40), (1, 9), (900, 5)):
+        file = io.BytesIO()
+        Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)).save(file, "JPEG")
+        image, side = decode_rgb(file.getvalue()), max(1, round(min(width, height) * how.crop))
+        wanted = F.resized_crop(image, (height - side) // 2, (width - side) // 2, side, side, [how.size] * 2, InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(preprocess(file.getvalue(), how), wanted)
+
+
+def test_preprocessing_leaves_torch_threads_alone():
+    "Each of torch's threads that wakes up for a few pixels stands in the way of the network's."
+    code = """
+import psutil, torch
+from small_data import picture
+from nbs_lib.backbone import Preprocessing, preprocess
+torch.set_num_threads(8)
+how, data = Preprocessing(240, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3), picture("red", 0, 700)
+before = psutil.Process().num_threads()
+for _ in range(3): preprocess(data, how)
+print(psutil.Process().num_threads() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    assert done.stdout.strip() == "0"
+
+
+# Tables
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3 * BATCH): (folder / f"{number:03}.jpg").write_bytes(picture(("red", "blue")[number % 2], number))
+    return folder
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    "The names of the files that were given to a model."
+    names, predict = [], Predictor.predict
+    def counted(self, images):
+        images = list(images)
+        names.extend(f.name for f in images)
+        return predict(self, images)
+    monkeypatch.setattr(Predictor, "predict", counted)
+    return names
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from nbs_lib.predictions import image_files, write_predictions
+def tell(n):
+    print(n, flush=True)
+write_predictions(list(image_files([Path(sys.argv[1])])), Path(sys.argv[2]), on_rows=tell)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["said.parquet", "said.csv"])
+def test_what_a_killed_process_computed_is_not_computed_again(production, photos, tmp_path, computed, name):
+    out = tmp_path / name
+    process = subprocess.Popen([sys.executable, "-c", DIES, photos, out], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n" and process.stdout.readline() == f"{BATCH}\n"
+    process.send_signal(signal.SIGKILL)
+    known = BATCH + sum(map(int, process.stdout.read().split()))
+    process.wait()
+    if known == 3 * BATCH: pytest.skip("it was faster than its murderer")
+    assert not out.exists()
+    said = write_predictions(list(image_files([photos])), out, settings=production[0])
+    assert said["images"] == 3 * BATCH and len(computed) <= 3 * BATCH - known and computed == sorted(computed)
+    again = write_predictions(list(image_files([photos])), tmp_path / f"whole {name}", settings=production[0])
+    assert again["unreadable"] == 0 and out.read_bytes() == (tmp_path / f"whole {name}").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if "said" in p.name) == [name, f"whole {name}"]
+
+
+def broken_off(files: list[Path], out: Path, settings, after: int = 1) -> None:
+    "A call that ends after so many batches."
+    told = []
+    def stop(n):
+        told.append(n)
+        if len(told) > after: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): write_predictions(files, out, settings=settings, on_rows=stop)
+
+
+def test_what_changed_in_the_break_is_computed_again(production, photos, tmp_path, computed):
+    settings, out = production[0], tmp_path / "said.parquet"
+    (photos / "001.jpg").write_bytes(b"torn")
+    broken_off(list(image_files([photos])), out, settings)
+    computed.clear()
+    (photos / "000.jpg").write_bytes(picture("green", 1))
+    (photos / "0000.jpg").write_bytes(picture("green", 2))
+    (photos / "001.jpg").write_bytes(picture("green", 3))
+    (photos / "002.jpg").unlink()
+    write_predictions(list(image_files([photos])), out, settings=settings)
+    assert computed == ["000.jpg", "0000.jpg", "001.jpg", *(f"{n:03}.jpg" for n in range(BATCH, 3 * BATCH))]
+    table = pd.read_parquet(out)
+    assert [Path(p).name for p in table["path"]] == sorted(p.name for p in photos.iterdir()) and table["error"].isna().all()
+
+
+def test_another_version_starts_anew(production, photos, tmp_path, computed):
+    settings, out = production[0], tmp_path / "said.parquet"
+    broken_off(list(image_files([photos])), out, settings)
+    promote(production[1], NAME, "v1")
+    computed.clear()
+    write_predictions(list(image_files([photos])), out, settings=settings)
+    assert len(computed) == 3 * BATCH and set(pd.read_parquet(out)["model"]) == {f"{NAME}:v1"}
+
+
+def test_a_table_is_of_one_version_even_if_another_is_promoted_meanwhile(production, photos, tmp_path):
+    def meddle(n): promote(production[1], NAME, "v1")
+    write_predictions(list(image_files([photos])), tmp_path / "said.csv", settings=production[0], on_rows=meddle)
+    assert set(pd.read_csv(tmp_path / "said.csv")["model"]) == {f"{NAME}:v0"}
+
+
+def test_two_processes_do_not_write_one_table(production, photos, tmp_path):
+    out, files = tmp_path / "said.parquet", list(image_files([photos]))
+    def meanwhile(n):
+        with pytest.raises(UserError, match="another process"): write_predictions(files, out, settings=production[0])
+    write_predictions(files, out, settings=production[0], on_rows=meanwhile)
+    assert len(pd.read_parquet(out)) == len(files)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from nbs_lib.predictions import image_files, write_predictions
+from nbs_lib.settings import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+known, files = [], list(image_files([Path(sys.argv[1])]))
+def tell(n):
+    known.append(n)
+    if sum(known) >= int(sys.argv[3]): resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+try: write_predictions(files, Path(sys.argv[2]), on_rows=tell)
+except UserError as error: print(error); sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("full_after", [BATCH, 3 * BATCH])   # while rows are kept, and when the table is written
+def test_a_full_disk_is_told_in_one_line_and_loses_nothing(production, photos, tmp_path, computed, full_after):
+    out = tmp_path / "said.csv"
+    out.write_text("an older table")
+    done = subprocess.run([sys.executable, "-c", FULL, photos, out, str(full_after)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout.startswith(f"{out}: cannot be written") and done.stdout.count("\n") == 1, done.stdout + done.stderr
+    assert out.read_text() == "an older table"
+    assert write_predictions(list(image_files([photos])), out, settings=production[0])["images"] == 3 * BATCH == len(pd.read_csv(out))
+    assert len(computed) == 3 * BATCH - full_after
+
+
+def test_a_damaged_file_of_rows_is_named(production, photos, tmp_path):
+    (tmp_path / ".said.csv.part").write_bytes(b"no database" * 200)
+    with pytest.raises(UserError, match=r"\.said\.csv\.part: damaged"): write_predictions(list(image_files([photos])), tmp_path / "said.csv", settings=production[0])
+
+
+def test_paths_that_are_not_there_or_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such file"): list(image_files([tmp_path / "nowhere"]))
+    (tmp_path / "closed").mkdir()
+    def refuse(path): raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(predictions.os, "scandir", refuse)
+    with pytest.raises(UserError, match="Permission denied"): list(image_files([tmp_path]))
+
+
+def test_a_file_is_not_read_before_its_size_is_known(tmp_path, monkeypatch):
+    big = tmp_path / "big.jpg"
+    with open(big, "wb") as file: file.truncate(2_000_000)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("read"))
+    with pytest.raises(BadImage, match="2.0 MB, allowed are 1"): read_image(big, Data(max_file_mb=1))
+
+
+def test_rows_are_what_the_model_says(production, photos, tmp_path):
+    files = list(image_files([photos]))[:5]
+    write_predictions(files, tmp_path / "said.parquet", settings=production[0])
+    own = own_answers(production, "v0", [f.read_bytes() for f in files])
+    for row, targets in zip(pd.read_parquet(tmp_path / "said.parquet").to_dict("records"), own, strict=True):
+        for target, said in targets.items():
+            assert row[f"{target}.class"] == next(iter(said)) and abs(row[f"{target}.probability"] - next(iter(said.values()))) < 0.03
+        assert pd.isna(row["error"]) and row["model"] == f"{NAME}:v0"

@@ -5,7 +5,8 @@
 # %% ../notebooks/30_download.ipynb #bdaca0e2
 from __future__ import annotations
 
-import tempfile
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -16,7 +17,7 @@ from .sources import open_source, public, source_signature
 from .tracking import Run, Tracker, open_tracker
 
 # %% auto #0
-__all__ = ['choose_source', 'newest', 'update_dataset']
+__all__ = ['choose_source', 'newest', 'add_version', 'update_dataset']
 
 # %% ../notebooks/30_download.ipynb #1304cfd1
 def choose_source(parameter: str | None, recipe: Recipe, parent: Dataset | None) -> str:
@@ -25,24 +26,34 @@ def choose_source(parameter: str | None, recipe: Recipe, parent: Dataset | None)
     if parent and parent.card["recipe_source"] == public(recipe.source) != parent.card["source"]: return parent.card["source"]
     return recipe.source
 
-# %% ../notebooks/30_download.ipynb #b4827497
+# %% ../notebooks/30_download.ipynb #a87bb480
 def newest(tracker: Tracker, name: str) -> Dataset | None:
     "The newest version of the recipe `name`'s dataset, None where there is none yet."
     version = tracker.resolve(f"{name}-dataset")
     return version and Dataset(tracker.download(version.ref), version.ref)
 
-def update_dataset(name: str, recipe: Recipe, source: str | None, settings: Settings, tracker: Tracker, run: Run) -> tuple[Dataset, bool]:
-    "Read the source and log what is new in it as the next version of `NAME-dataset`; returns the newest version, and whether it is new."
+def add_version(name: str, settings: Settings, tracker: Tracker, run: Run,
+                write: Callable[[Path, Dataset | None], Dataset | None]) -> tuple[Dataset | None, bool]:
+    "Log what `write(folder, newest version)` makes, if it is another one, as the next version of `NAME-dataset`; returns the newest, and whether it is new."
     data = settings.home / "data"
     data.mkdir(exist_ok=True)
-    with FileLock(data / f".{name}-dataset.lock"), tempfile.TemporaryDirectory(prefix=".dataset-", dir=data) as place:
-        parent = newest(tracker, name)
-        if parent: run.use(parent.ref)
-        spec = choose_source(source, recipe, parent)
-        signature = source_signature(spec, recipe, settings)
-        version = write_version(Path(place) / "version", open_source(spec, recipe, settings), name=name, source=public(spec),
-                                recipe_source=public(recipe.source), parent=parent, limits=settings.data, signature=signature)
-        if version is parent: return parent, False
-        facts = {k: version.card[k] for k in ("rows", "splits", "source", "parent")} | {"classes": {t: len(c) for t, c in version.targets.items()}}
-        logged = run.log_artifact(f"{name}-dataset", "dataset", version.folder, metadata=facts)
+    with FileLock(data / f".{name}-dataset.lock"):
+        place = data / f".{name}-dataset.next"
+        shutil.rmtree(place, ignore_errors=True)               # of a killed run
+        try:
+            parent = newest(tracker, name)
+            if parent: run.use(parent.ref)
+            version = write(place / "version", parent)
+            if version is parent: return parent, False
+            facts = {k: version.card[k] for k in ("rows", "splits", "source", "parent")} | {"classes": {t: len(c) for t, c in version.targets.items()}}
+            logged = run.log_artifact(f"{name}-dataset", "dataset", version.folder, metadata=facts)
+        finally: shutil.rmtree(place, ignore_errors=True)
     return Dataset(tracker.download(logged.ref), logged.ref), True
+
+def update_dataset(name: str, recipe: Recipe, source: str | None, settings: Settings, tracker: Tracker, run: Run) -> tuple[Dataset, bool]:
+    "Read the source and log what is new in it as the next version of `NAME-dataset`; returns the newest version, and whether it is new."
+    def write(folder, parent):
+        spec = choose_source(source, recipe, parent)
+        return write_version(folder, open_source(spec, recipe, settings), name=name, source=public(spec), recipe_source=public(recipe.source),
+                             parent=parent, limits=settings.data, signature=source_signature(spec, recipe, settings))
+    return add_version(name, settings, tracker, run, write)

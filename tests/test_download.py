@@ -68,7 +68,7 @@ def test_versions_and_their_sources(pets):
     assert more == ["pets-dataset:v1", True, 40, "more.zip", "pets-dataset:v0", ["pets-dataset:v0"]]
     assert stays[:4] == ["pets-dataset:v1", False, 40, "more.zip"], "the source of the last version is the dataset's own"
     assert "2 of 12 files" in broken and "nowhere" in unknown
-    assert not list((pets / "data").glob(".dataset-*"))
+    assert not list((pets / "data").glob(".*-dataset.next"))
     photos(pets / "other.zip", range(60, 70))
     (pets / "settings.ini").write_text((pets / "settings.ini").read_text().replace("pets.zip", "other.zip"))
     assert steps(("pets", None, None))[0][:4] == ["pets-dataset:v2", True, 50, "other.zip"], "until settings.ini names another"

@@ -1,0 +1,412 @@
+"""The labelling page as people meet it: in JupyterLab and behind `loopbook label`, in a real browser, and with things going wrong."""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT
+from PIL import Image
+from small_data import picture
+
+from nbs_lib.feedback_store import Store
+from nbs_lib.settings import load_settings
+
+BIN = Path(sys.executable).parent
+CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
+OUTSIDE = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))}
+SHOTS = ROOT / "outputs" / "screenshots"
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")]
+MODEL = """
+import sys, tempfile, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from small_data import small_dataset
+from nbs_lib.backbone import create_backbone, preprocessing_of
+from nbs_lib.gate import promote
+from nbs_lib.model import Network, save_model
+from nbs_lib.tracking import open_tracker
+torch.manual_seed(1)
+tracker, folder = open_tracker(), Path(tempfile.mkdtemp())
+with tracker.start("model", "train") as run:
+    run.log_artifact("colours-dataset", "dataset", small_dataset(folder / "dataset").folder)
+    net = create_backbone("resnet10t", pretrained=False)
+    how, card = preprocessing_of(net, 64), {"backbone": "resnet10t", "mode": "finetune", "temperature": {"colour": 1.0}}
+    save_model(folder / "model", Network(net, how, {"colour": ["blue", "red"]}).eval(), how, card)
+    version = run.log_artifact("colours-model", "model", folder / "model", aliases=("candidate",))
+promote(tracker, "colours-model", version.version)
+"""
+
+
+def environment(home: Path) -> dict: return OUTSIDE | {"LOOPBOOK_HOME": str(home), "NETRC": str(home / "no-netrc")}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    "A home with a dataset of red and blue pictures and a model of them in production."
+    home = tmp_path_factory.mktemp("labelling")
+    (home / "settings.ini").write_text("[project]\nrecipe = colours\n[tracking]\nbackend = trackio\n[train]\nengine = torch\nprecision = fp32\n"
+                                       "[feedback]\nmax_upload_mb = 13\n[recipe.colours]\nsource = nowhere\ntarget = colour\n")
+    subprocess.run([sys.executable, "-c", MODEL, str(ROOT / "tests")], check=True, env=environment(home))
+    return home
+
+
+@pytest.fixture
+def store(place, monkeypatch) -> Store:
+    "The store of that home, emptied."
+    for name in set(os.environ) - set(OUTSIDE): monkeypatch.delenv(name)
+    shutil.rmtree(place / "data" / "feedback", ignore_errors=True)
+    return Store("colours", load_settings(place))
+
+
+def fill(store: Store, n: int, first: int = 0) -> None:
+    for i in range(first, first + n): store.add(picture(("red", "blue")[i % 2], 1000 + i), f"{i:03} {('red', 'blue')[i % 2]}.jpg", "camera")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    "A labelling page in the browser, and what it has shown as saved."
+    def __init__(self, page):
+        self.page, self.saved, self.problems, self.asked = page, {}, [], []
+        page.on("pageerror", lambda e: self.problems.append(str(e)))
+        page.on("request", lambda r: self.asked.append(r.url))
+
+    def ready(self, timeout: float = 90):
+        self.page.locator(".labeller img.photo").wait_for(timeout=timeout * 1000)
+        self.page.wait_for_function("document.querySelector('.labeller').dataset.token > 0")
+        return self
+
+    def token(self) -> int: return int(self.page.locator(".labeller").get_attribute("data-token"))
+    def text(self, what: str) -> str: return self.page.locator(f".labeller .{what}").first.text_content()
+
+    def do(self, action) -> str:
+        "Do something, wait until the labeller is ready for the next, note what it says was saved; returns what it says."
+        before, said = self.token(), self.text("status")
+        action()
+        self.page.wait_for_function(f"document.querySelector('.labeller').dataset.token > {before}", timeout=15_000)
+        self.page.wait_for_function("said => document.querySelector('.labeller .status').textContent !== said", arg=said, timeout=15_000)
+        if found := re.fullmatch(r"Saved: (.*) is (.*)", self.text("status")): self.saved[found[1]] = found[2]
+        elif found := re.fullmatch(r"Taken back: (.*)", self.text("status")): self.saved.pop(found[1], None)
+        return self.text("status")
+
+    def key(self, key: str) -> str: return self.do(lambda: self.page.keyboard.press(key))
+    def click(self, selector: str) -> str: return self.do(lambda: self.page.locator(f".labeller {selector}").first.click())
+
+    def leave(self) -> None:
+        "Close the page as people do, which ends its kernel."
+        self.page.close(run_before_unload=True)
+        time.sleep(0.5)
+
+    def outside(self) -> list[str]: return [u for u in self.asked if not u.startswith(("blob:", "data:")) and "://127.0.0.1:" not in u]
+
+    def shoot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def standing(store: Store) -> dict: return {r.name: r.labels["colour"] for r in store.standing().itertuples(index=False) if r.labels}
+
+
+def kernels(server: subprocess.Popen) -> list[psutil.Process]:
+    "The living kernels of a server."
+    def lives(p) -> bool:
+        try: return "ipykernel_launcher" in " ".join(p.cmdline())
+        except psutil.Error: return False
+    return [p for p in psutil.Process(server.pid).children() if lives(p)]
+
+
+def stop(process: subprocess.Popen) -> list[psutil.Process]:
+    "Ask a server to end; returns the processes it had and that live on."
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(30)
+    return psutil.wait_procs(children, timeout=5)[1]
+
+
+# ---- in JupyterLab
+
+@pytest.fixture(scope="module")
+def lab(place, tmp_path_factory):
+    "JupyterLab on a copy of the notebooks: its process and its address."
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folders = {"HOME": folder / "user", "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces"}
+    process = subprocess.Popen([BIN / "jupyter-lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=tok",
+                                "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+                               cwd=folder, env=environment(place) | {k: str(v) for k, v in folders.items()}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield process, f"http://127.0.0.1:{port}/lab/tree/notebooks/{next((ROOT / 'notebooks').glob('*_feedback.ipynb')).name}?token=tok&reset"
+    process.terminate()
+    process.wait(30)
+
+
+def run_all(page) -> None:
+    page.evaluate("async () => { await window.jupyterapp.restored; await window.jupyterapp.commands.execute('runmenu:run-all') }")
+
+
+def test_in_jupyterlab_by_keyboard_and_mouse_with_a_kernel_that_dies(lab, store, chromium):
+    fill(store, 60)
+    process, address = lab
+    page = chromium.new_page(viewport={"width": 1280, "height": 800})
+    labeller = Page(page)
+    for _ in range(120):
+        try: page.goto(address); break
+        except Exception: time.sleep(0.5)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=90_000)
+    run_all(page)
+    page.locator(".enter-name input").fill("ann", timeout=90_000)
+    page.keyboard.press("Enter")
+    labeller.ready()
+    for n in range(15): labeller.key("12"[n % 2])
+    for n in range(15): labeller.click(f".press-pick-0-{n % 2}")
+    labeller.shoot("labeller-jupyterlab")
+    assert len(labeller.saved) == 30 and labeller.saved == standing(store)
+    assert labeller.text("counter").startswith("30 done · 30 left")
+    for _ in range(2): labeller.key("Backspace")
+    labeller.click(".press-undo")
+    assert len(labeller.saved) == 27 and labeller.saved == standing(store)
+    [kernel] = kernels(process)
+    labeller.key("1")
+    os.kill(kernel.pid, signal.SIGKILL)
+    page.keyboard.press("2")
+    page.get_by_text("Not saved yet").wait_for(timeout=20_000)
+    assert labeller.saved == standing(store)
+    page.locator(".jp-Dialog button.jp-mod-accept").click(timeout=30_000)              # "the kernel has died and is restarted"
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+    run_all(page)
+    page.locator(".enter-name input").fill("ann", timeout=90_000)
+    page.keyboard.press("Enter")
+    labeller.ready()
+    for n in range(5): labeller.key("12"[n % 2])
+    assert labeller.saved == standing(store) and len(labeller.saved) == 33
+    while (page.keyboard.press("Backspace"), time.sleep(0.2)) and len(standing(store)) > 30: pass         # also what was said before the kernel died
+    assert not labeller.outside(), labeller.outside()
+    page.close()
+
+
+# ---- as a web page
+
+class Served:
+    "`loopbook label` on a free port, or what `code` serves."
+    def __init__(self, home: Path, code: str | None = None):
+        command = [sys.executable, "-c", code] if code else [BIN / "loopbook", "label", "--port", "0", "--json"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(home) | {"LOOPBOOK_LABEL_TOKEN": "a-token"})
+        lines = ""
+        while not lines.endswith("}\n"): lines += self.process.stdout.readline() or pytest.fail(self.process.stderr.read())
+        self.address = json.loads(lines)["address"]
+
+    def status(self, path: str, **headers) -> int:
+        request = urllib.request.Request(self.address.partition("?")[0] + path, headers=headers)
+        try: return urllib.request.urlopen(request, timeout=60).status
+        except urllib.error.HTTPError as error: return error.code
+
+    def kernels(self) -> list[psutil.Process]: return kernels(self.process)
+
+    def page(self, chromium, query: str = "&user=ann", **options) -> Page:
+        page = chromium.new_context(viewport={"width": 1280, "height": 800}, **options).new_page()
+        opened = Page(page)
+        page.goto(self.address + query, timeout=90_000)
+        return opened
+
+
+@pytest.fixture(scope="module")
+def served(place):
+    server = Served(place)
+    yield server
+    server.process.kill()
+
+
+def test_the_page_behind_its_token(place, store, chromium):
+    fill(store, 40)
+    server = Served(place)
+    for path in ("", "?token=wrong", "?token=", "voila/static/voila.js", "voila/labextensions/anywidget/static/main.js", "login", "api/kernels/" + "-".join(["0" * 8] + ["0" * 4] * 3 + ["0" * 12]),
+                 "voila/files/x.png", "static/favicon.ico", "?token=%C3%A9"): assert server.status(path) == 403, path
+    assert server.status("voila/static/voila.js?token=a-token") == 200 and not server.kernels()
+    page = server.page(chromium).ready()
+    assert len(server.kernels()) == 1
+    for n in range(6): page.key("12"[n % 2])
+    page.click(".press-right")
+    page.key("?")
+    page.shoot("labeller-voila")
+    assert len(page.saved) == 7 and page.saved == standing(store) and store.stats()["unknown"] == 1
+    assert not page.outside() and not page.problems, (page.outside(), page.problems)
+    assert page.page.evaluate("fetch('https://example.org').then(() => 'sent', (e) => String(e))").startswith("TypeError")
+    wrong = page.page.context.new_page()
+    assert wrong.goto(server.address.replace("a-token", "wrong")).status == 403, "a wrong token, whatever was right before"
+    other = server.page(chromium, "")
+    other.page.locator(".enter-name input").fill("bob", timeout=90_000)
+    other.page.keyboard.press("Enter")
+    assert other.ready().text("caption") != page.text("caption") and len(server.kernels()) == 2, "nobody gets what somebody else looks at"
+    page.leave()
+    for _ in range(100):
+        if len(server.kernels()) == 1: break
+        time.sleep(0.1)
+    assert len(server.kernels()) == 1, "a kernel ends with its page"
+    assert not store._rows("select 1 from images where leased_to = 'ann'"), "and lets go of the photos that it held"
+    assert not stop(server.process) and server.process.returncode == 0
+    other.page.keyboard.press("1")
+    other.page.get_by_text("Not saved yet").wait_for(timeout=20_000)
+
+
+def test_an_idle_kernel_ends_and_the_page_says_so(place, store, chromium):
+    fill(store, 5)
+    server = Served(place, "import json; from nbs_lib.label_server import serve\n"
+                           "serve('127.0.0.1', 0, 'a-token', lambda address: print(json.dumps({'address': address}), flush=True), idle=5)")
+    page = server.page(chromium).ready()
+    page.key("1")
+    for _ in range(300):
+        if not server.kernels(): break
+        time.sleep(0.1)
+    assert not server.kernels() and page.saved == standing(store)
+    page.page.keyboard.press("2")
+    page.page.get_by_text("Not saved yet").wait_for(timeout=20_000)
+    page.page.reload()
+    page.ready().key("2")
+    assert page.saved == standing(store) and len(page.saved) == 2
+    assert not stop(server.process)
+
+
+def test_double_clicks_and_late_clicks_label_nothing_wrong(served, store, chromium):
+    fill(store, 12)
+    page = served.page(chromium).ready()
+    button = page.page.locator(".labeller .press-pick-0-0")
+    page.do(button.dblclick)
+    page.do(lambda: page.page.evaluate("document.querySelectorAll('.press-pick-0-0').forEach((b) => { b.click(); b.click(); b.click() })"))
+    time.sleep(0.5)
+    assert len(store.history()) == 2
+    page.do(lambda: page.page.evaluate("""() => {                       // the second half of a double click, 30 ms after the next photo was painted
+        const root = document.querySelector('.labeller'), button = root.querySelector('.press-pick-0-0'), before = root.dataset.token;
+        const late = () => root.dataset.token === before ? setTimeout(late, 1) : setTimeout(() => button.dispatchEvent(new MouseEvent('click', { bubbles: true, detail: 2 })), 30);
+        button.click();
+        late();
+    }"""))
+    time.sleep(0.5)
+    assert len(store.history()) == 3
+    page.page.keyboard.down("1")                                      # a key that is held down is one answer
+    for _ in range(20): page.page.keyboard.down("1")
+    page.page.keyboard.up("1")
+    time.sleep(0.5)
+    assert len(store.history()) == 4 and not page.problems
+    page.leave()
+
+
+def test_names_and_labels_are_text(served, store, chromium):
+    bad = "<img src=x onerror=window.hacked=1>"
+    store.add(picture("red", 1), bad + r" $\href{javascript:window.hacked=1}{x}$.png", bad)
+    fill(store, 8)
+    store.answer(store.queue("zoe", 9, "newest")[0].id, "zoe", "new", {"colour": bad})
+    store.release("zoe")
+    page = served.page(chromium, "&user=" + urllib.request.quote(bad)).ready()
+    assert page.text("who") == bad and page.text("press-pick-0-2").endswith(bad)
+    page.page.locator(".new-class input").fill(bad + "2")
+    page.page.keyboard.press("Enter")
+    page.page.locator(".status", has_text="Saved").wait_for()
+    while bad not in page.text("caption"): page.key("?")
+    shown = page.page.content()
+    page.key("3")
+    fill(store, 3, first=50)
+    assert page.page.evaluate("window.hacked") is None and "<img src=x" not in shown and "&lt;img src=x" in shown
+    assert page.page.locator(".labeller mjx-container, .labeller a").count() == 0 and any(bad in name and label == bad for name, label in standing(store).items())
+    page.page.reload()
+    page.ready()
+    assert page.page.evaluate("window.hacked") is None and bad in page.page.locator("table").last.text_content() and not page.problems
+    page.leave()
+
+
+def test_photos_are_dropped_in_large_ones_too(served, store, chromium, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2000, 2000, 3)).astype(np.uint8))
+    noise.save(tmp_path / "large.png")
+    noise.resize((2200, 2200)).save(tmp_path / "too large.png")
+    (tmp_path / "no photo.jpg").write_text("hello")
+    (tmp_path / "small.jpg").write_bytes(picture("red", 5))
+    assert 10 < (tmp_path / "large.png").stat().st_size / 2**20 < 13 < (tmp_path / "too large.png").stat().st_size / 1e6
+    page = served.page(chromium)
+    page.page.get_by_text("Nothing waits here").wait_for(timeout=90_000)
+    page.shoot("labeller-empty")
+    with page.page.expect_file_chooser() as chooser: page.page.get_by_role("button", name="Add photos…").click()
+    chooser.value.set_files([tmp_path / n for n in ("large.png", "too large.png", "no photo.jpg", "small.jpg")])
+    page.page.get_by_text("Added: 2 new").wait_for(timeout=60_000)
+    said = page.text("status")
+    assert "too large.png was not added: larger than 13 MB" in said and "no photo.jpg was not added: not an image" in said and "bad" in page.page.locator(".status").first.get_attribute("class")
+    page.ready()
+    assert store.stats()["images"] == 2
+    page.page.evaluate("""(base64) => {
+        const drop = new DataTransfer();
+        drop.items.add(new File([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], 'dropped.jpg'));
+        document.querySelector('.labeller img.photo').dispatchEvent(new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer: drop }));
+    }""", b64encode(picture("blue", 6)).decode())
+    page.page.get_by_text("Added: 1 new", exact=True).wait_for(timeout=20_000)
+    assert store.stats()["images"] == 3 and page.text("caption") in ("large.png", "small.jpg") and not page.problems
+    assert not page.page.get_by_text("Add folder").count(), "a page's visitor has no business in the server's folders"
+    page.leave()
+
+
+def test_the_grid_and_narrow_windows(served, store, chromium):
+    fill(store, 40)
+    page = served.page(chromium).ready()
+    page.page.get_by_role("button", name="Many at once").click()
+    page.page.get_by_role("button", name="All 24 are right").wait_for()
+    page.page.locator(".tile").nth(1).click()
+    page.page.get_by_role("button", name="All 23 are right").wait_for()
+    page.shoot("labeller-grid")
+    assert page.key("Enter").startswith("Saved: 23 confirmed; 1 struck out") and len(standing(store)) == 23
+    assert page.key("Backspace") == "Taken back: 23 answers" and not standing(store)
+    page.page.get_by_role("button", name="One at a time").click()
+    page.ready()
+    places = []
+    for _ in range(6):
+        page.key("1")
+        places.append(page.page.evaluate("[...document.querySelectorAll('.labeller .press-right, .labeller .press-pick-0-1, .labeller .status')].map((e) => Object.values(e.getBoundingClientRect().toJSON()).map(Math.round))"))
+    assert all(p == places[0] for p in places), "nothing jumps"
+    for width in (1024, 760, 480):
+        page.page.set_viewport_size({"width": width, "height": 800})
+        assert page.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), width
+        page.shoot(f"labeller-{width}")
+    page.leave()
+
+
+def test_five_hundred_in_a_row(served, store, chromium):
+    fill(store, 520)
+    page = served.page(chromium).ready()
+    devtools = page.page.context.new_cdp_session(page.page)
+    [kernel] = served.kernels()
+
+    def weigh() -> tuple[float, float, int]:
+        "MB of the kernel, MB of the page's objects, elements in the page."
+        devtools.send("HeapProfiler.collectGarbage")
+        numbers = {m["name"]: m["value"] for m in devtools.send("Performance.getMetrics")["metrics"]}
+        return kernel.memory_info().rss / 1e6, numbers["JSHeapUsedSize"] / 1e6, page.page.evaluate("document.querySelectorAll('*').length")
+    devtools.send("Performance.enable")
+    weights = []
+    for n in range(500):
+        if n in (100, 300): weights.append(weigh())
+        token = page.token()
+        page.page.keyboard.press("12"[n % 2])
+        page.page.wait_for_function("before => document.querySelector('.labeller').dataset.token > before", arg=token, polling=5)
+    weights.append(weigh())
+    assert len(standing(store)) == 500 and page.text("counter").startswith("500 done · 20 left")
+    (kernel_before, heap_before, nodes_before), _, (kernel_after, heap_after, nodes_after) = weights
+    assert kernel_after < kernel_before + 25 and heap_after < heap_before + 5 and nodes_after == nodes_before, weights
+    assert not page.problems
+    page.leave()

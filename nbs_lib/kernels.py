@@ -50,14 +50,14 @@ def _imports():
     "What the steps need: one thing at a time, the small ones first."
     from importlib import import_module
 
-    from nbs_lib.imports import load_vision
+    from nbs_lib.imports import load_openvino, load_vision
     from nbs_lib.tracking import open_tracker
     small = ("ipykernel.kernelapp", "ipywidgets", "matplotlib_inline.backend_inline", "pandas", "matplotlib.pyplot", "nbs_lib.download", "nbs_lib.card")
     large = ("scipy.optimize", "sklearn.metrics", "sklearn.linear_model", "sklearn.calibration", "nbs_lib.evaluate")
     yield from map(import_module, small)
     try: yield open_tracker()                              # imports the tracker that the settings ask for
     except UserError: pass                                 # the step itself will say it better
-    yield from (load() for load in (partial(import_module, "torch"), load_vision))
+    yield from (load() for load in (partial(import_module, "torch"), load_vision, load_openvino))
     yield from map(import_module, large)
 
 def nursery() -> None:

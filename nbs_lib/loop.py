@@ -33,8 +33,10 @@ class Step:
     keys: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
     reads_source: bool = False
+    reads_feedback: bool = False   # left out where there is none
 
 STEPS = (Step("download", keys=SOURCE, sections=("data",), reads_source=True),
+         Step("merge", inputs=("{recipe}-dataset:latest",), sections=("data", "feedback"), reads_feedback=True),
          Step("train", inputs=("{recipe}-dataset:latest",), keys=tuple(Train.model_fields)),
          Step("evaluate", inputs=("{recipe}-dataset:latest", "{recipe}-model:candidate"), keys=tuple(Train.model_fields), sections=("gate",)))
 
@@ -54,9 +56,15 @@ def fingerprint(step: Step, notebook: Path, parameters: dict, settings: Settings
     name, recipe = use_recipe(settings, parameters["recipe"])
     facts = {"code": code_digest(notebook), "parameters": parameters, "recipe": {k: getattr(recipe, k) for k in step.keys},
              "settings": [getattr(settings, s).model_dump() for s in ("project", "tracking", *step.sections)]}
+    made = {ref: run.inputs[0] for run in runs.recent(1000, notebook=str(notebook)) for ref in run.outputs if run.inputs and run.inputs[0] != ref}
     for ref in step.inputs:
-        if (version := tracker.resolve(ref.format(recipe=name))) is None: return None
+        version = tracker.resolve(ref.format(recipe=name))
+        while version and version.ref in made: version = tracker.resolve(made[version.ref])   # what the step has made itself is no news to it
+        if version is None: return None
         facts[version.ref] = version.digest
+    if step.reads_feedback:
+        from nbs_lib.merge import words_said
+        facts["feedback"] = words_said(name, settings)
     if step.reads_source:
         from nbs_lib.sources import source_signature
         if (signature := source_signature(parameters.get("source") or recipe.source, recipe, settings)) is None: return None
@@ -94,6 +102,7 @@ def run_loop(recipe: str | None = None, source: str | None = None, force: bool =
         from nbs_lib.tracking import open_tracker
         tracker = open_tracker(settings)
         for step in STEPS:
+            if step.reads_feedback and not (settings.home / "data" / "feedback" / name).exists(): continue
             notebook, parameters = find_notebook(step.notebook), {"recipe": name} | ({"source": source} if step.reads_source and source else {})
             if on_step: on_step(runs.step_name(notebook), None)
             mark = fingerprint(step, notebook, parameters, settings, tracker)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from . import runs
 from .kernels import KernelManager, kill_processes, which_kernel
+from .notify import secret_names
 from .parameters import checked
 from .runs import Run
 from .settings import UserError, home, load_settings, nearest, repository, write_atomic
@@ -158,23 +159,24 @@ def run_notebook(notebook: str | Path, parameters: dict | None = None, kernel: s
 
     `texts`: the parameters are texts from a command line. `on_cell(n, of)` is called before each code cell.
     How the notebook ended is told by the record; raises `UserError` for what is wrong before the start."""
-    from nbs_lib.report import warm_up, write_report
+    from nbs_lib.report import warm_up, write_index, write_report
     notebook = find_notebook(notebook)
     parameters = checked(notebook, parameters or {}, texts)
     kernel = which_kernel(notebook, kernel)
     if timeout is not None and timeout <= 0: raise UserError(f"timeout {timeout:g}: must be more than 0 seconds")
     papermill = load_papermill()
+    hidden = secret_names(load_settings())
     run = runs.begin(notebook, parameters=parameters, kernel=kernel, trigger=trigger, group=group, fingerprint=fingerprint)
     folder, stop = Path(run.folder), Stop(run.id)
     executed, place = folder / f"{run.step}.ipynb", repository() / "notebooks"
-    env = os.environ | {"LOOPBOOK_HOME": str(home()), "LOOPBOOK_RUN_ID": run.id, "LOOPBOOK_RUN_DIR": run.folder, "LOOPBOOK_GROUP": group or ""}
+    env = {k: v for k, v in os.environ.items() if k not in hidden} | {"LOOPBOOK_HOME": str(home()), "LOOPBOOK_RUN_ID": run.id, "LOOPBOOK_RUN_DIR": run.folder, "LOOPBOOK_GROUP": group or ""}
     def progress(number, of):
         runs.update(run.id, cell=f"{number}/{of}")
         if on_cell: on_cell(number, of)
     outcome = {"status": "failed", "error": "stopped before its first cell"}
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, stop.watching(timeout):
-            warming = threading.Thread(target=warm_up, daemon=True)
+            warming = threading.Thread(target=lambda: (write_index(), warm_up()), daemon=True)
             warming.start()
             try:
                 papermill.execute_notebook(
@@ -196,6 +198,7 @@ def run_notebook(notebook: str | Path, parameters: dict | None = None, kernel: s
             ended = Run(**vars(run) | outcome | {"ended_at": runs.now()})
             _keep([executed, write_report(executed, ended)], result, ended)
     finally: run = runs.finish(run.id, **outcome)
+    write_index()
     return run
 
 def _keep(files: list[Path], result: dict, run: Run) -> None:

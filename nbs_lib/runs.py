@@ -81,6 +81,7 @@ def _connect() -> sqlite3.Connection:
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = normal")
         db.execute(f"create table if not exists runs ({_quoted(COLUMNS)}, primary key (id))")
+        db.execute("create index if not exists started on runs (started_at)")
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"{file}: cannot keep the run records there ({error}); make the folder writable, or move a damaged file away") from None
     db.row_factory = sqlite3.Row
@@ -136,10 +137,11 @@ def _truthful(run: Run) -> Run:
     "The run, failed where its process has died without a word."
     if run.status != "running": return run
     from filelock import FileLock, Timeout
-    try:
-        with FileLock(Path(run.folder) / ".lock", timeout=0): pass
-    except Timeout: return run
-    except OSError: pass                  # the folder has been deleted
+    if Path(run.folder).is_dir():         # the lock would make it anew
+        try:
+            with FileLock(Path(run.folder) / ".lock", timeout=0): pass
+        except Timeout: return run
+        except OSError: pass
     current = _execute("select * from runs where id = ?", [run.id])[0]   # it may have ended between the two looks
     if current.status != "running": return current
     return Run(**asdict(current) | {"status": "failed", "error": "killed: its process ended without a word"})

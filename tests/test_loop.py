@@ -106,16 +106,20 @@ def test_stops_at_the_first_failure_and_goes_on_from_there(steps):
 
 
 def test_one_at_a_time(steps, home):
-    code = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
-    (home / "outputs").mkdir(exist_ok=True)
-    with subprocess.Popen([sys.executable, "-c", code, str(home / "outputs" / "loop.lock")], stdout=subprocess.PIPE, text=True) as holder:
+    code = "import time; from nbs_lib.writer import writer\nwith writer('20261121T053000-loop-a1b2'): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        (home / "outputs" / "loop.json").write_text('{"group": "20261121T053000-loop-a1b2"}')
         began = time.monotonic()
         try:
-            with pytest.raises(UserError, match="already running here .*loop-a1b2"): run_loop()
+            with pytest.raises(UserError, match="loop-a1b2 .*is writing here"): run_loop()
         finally: holder.kill()
         assert time.monotonic() - began < 3 and not runs.recent()
+
+
+def test_time_is_for_the_whole_loop(steps):
+    steps("31_fit.ipynb", "import time; time.sleep(300)", "recipe: str = ''\nrate: float = 1.0")
+    loop = run_loop(timeout=20)
+    assert statuses(loop) == ["completed", "failed"] and "timed out" in loop.steps[1].error
 
 
 def test_source_signature_decides(home, steps, tmp_path, monkeypatch):
@@ -144,7 +148,7 @@ def test_the_real_steps_take_what_the_loop_gives():
 def test_summary_on_the_command_line(steps, capsys):
     import typer
 
-    from nbs_lib.cli import loop
+    from nbs_lib.loop_commands import loop
     with pytest.raises(typer.Exit) as ended: loop()
     out, err = capsys.readouterr()
     assert ended.value.exit_code == 0 and "[beard]" in out and "90.0%" in out
@@ -152,5 +156,6 @@ def test_summary_on_the_command_line(steps, capsys):
     with pytest.raises(typer.Exit): loop(as_json=True)
     out, err = capsys.readouterr()
     document = json.loads(out)
+    assert document["status"] == "completed" and document["decision"] == "keep" and document["seconds"] > 0
     assert [s["status"] for s in document["steps"]] == ["skipped"] * 3 and err.count("unchanged") == 3
     assert Path(document["steps"][0]["folder"]).is_dir()

@@ -1,0 +1,375 @@
+"""What runs leave: the page of all runs, their logs, and what is cleared away of it."""
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+from conftest import SHARED, WandbServer
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from nbs_lib import runs
+from nbs_lib.report import NEWEST, write_index
+
+LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
+CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
+
+
+def loopbook(*words, code: int = 0, **environment):
+    done = subprocess.run([*LOOPBOOK, *map(str, words)], capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+def add(home: Path, number: int, step: str = "train", files: int = 1, **facts) -> runs.Run:
+    "The record of a run of so many days ago, and its folder."
+    began = datetime.now(UTC) - timedelta(days=number)
+    id = f"{began:%Y%m%dT%H%M%S}-{step}-{number:04x}"
+    folder = home / "outputs" / id
+    folder.mkdir(parents=True)
+    for name in (f"{step}.html", f"{step}.ipynb", "log.txt", *map(str, range(files - 3))): (folder / name).write_text("x" * 1000)
+    facts = {"status": "completed", "parameters": {"recipe": "faces"}, "started_at": began.isoformat(timespec="milliseconds"), "ended_at": began.isoformat(timespec="milliseconds")} | facts
+    run = runs.Run(id, f"/somewhere/33_{step}.ipynb", str(folder), **facts)
+    row = runs._pack(asdict(run))
+    runs._execute(f"insert into runs ({runs._quoted(row)}) values ({', '.join('?' * len(row))})", list(row.values()))
+    return run
+
+
+# The page of all runs
+
+def test_the_page_lists_runs_newest_first_and_loops_together(home):
+    facts = {"inputs": ["faces-dataset:v1"], "outputs": ["faces-model:v2"], "summary": {"decision": "keep", "reasons": ["<i>worse</i>"]}}
+    loop = [add(home, 9 - n, step, group="20261121T000000-loop-aaaa", **facts) for n, step in enumerate(("download", "train", "evaluate"))]
+    alone = add(home, 8, "digest", trigger="job:report@2026-11-20T07:00:00Z")
+    failed = add(home, 1, "ta<b>le & #1", status="failed", cell="2/7", error="KeyError: '<script>alert(1)</script>'")
+    gone = add(home, 20, "label")
+    shutil.rmtree(gone.folder)
+    text = write_index().read_text()
+    assert re.findall('<tr id="([^"]+)', text) == [html.escape(r.id) for r in (failed, *loop, alone, gone)]
+    assert text.count('<tr class="loop">') == 1 and "1 failed · 5 completed" in text
+    assert "<script" not in text and "&lt;script&gt;" in text and "<i>worse" not in text and "ta&lt;b&gt;le &amp; #1" in text
+    assert "no longer kept" in text and "job:report<small>2026-11-20T07:00:00Z" in text and "faces-model:v2" in text
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text) and "default-src 'none'" in text
+    links = re.findall(r'href="([^"#]+)', text)
+    assert len(links) == 15 and all((home / "outputs" / unquote(html.unescape(link))).exists() for link in links)
+
+
+def test_a_running_run_links_to_its_log_and_a_killed_one_has_failed(home):
+    run = runs.begin(Path("33_train.ipynb"))
+    (Path(run.folder) / "log.txt").touch()
+    runs.update(run.id, cell="3/9")
+    text = write_index().read_text()
+    assert "1 running" in text and f'href="{run.id}/log.txt"' in text and "at cell 3/9" in text and "train.html" not in text
+    killed = subprocess.run([sys.executable, "-c", "from pathlib import Path; from nbs_lib import runs; import os; print(runs.begin(Path('a.ipynb')).id, flush=True); os._exit(9)"], capture_output=True, text=True)
+    assert "killed: its process ended" in write_index().read_text() and killed.stdout.strip() in write_index().read_text()
+    runs.finish(run.id, "completed")
+
+
+def test_only_the_newest_are_listed_and_that_is_said(home):
+    template = add(home, 0)
+    rows = [asdict(template) | {"id": f"old-{n}", "started_at": f"2020-01-01T00:{n // 60:02}:{n % 60:02}.000+00:00"} for n in range(NEWEST)]
+    for row in rows: runs._execute(f"insert into runs ({runs._quoted(row)}) values ({', '.join('?' * len(row))})", list(runs._pack(row).values()))
+    text = write_index().read_text()
+    assert text.count("<tr id=") == NEWEST and f"only the newest {NEWEST} runs" in text and 'id="old-0"' not in text and 'id="old-1"' in text
+
+
+def test_no_run_yet_and_a_page_that_cannot_be_written(home):
+    assert "No run yet" in write_index().read_text()
+    (home / "outputs" / "index.html").unlink()
+    (home / "outputs" / "index.html" / "in the way").mkdir(parents=True)
+    assert write_index() is None
+
+
+def test_many_write_the_page_and_nobody_reads_half_of_it(home):
+    for n in range(50): add(home, n)
+    page = write_index()
+    code = "from nbs_lib.report import write_index\nfor _ in range(15): assert write_index()"
+    writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    looks = 0
+    while any(w.poll() is None for w in writers):
+        assert page.read_text().rstrip().endswith("</html>")
+        looks += 1
+    assert looks > 10 and [w.returncode for w in writers] == [0, 0, 0] and not list((home / "outputs").glob("*.tmp"))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_from_the_page_to_the_cell_that_failed(home, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    from nbs_lib.pipeline import run_notebook
+    cells = [new_markdown_cell("# Long"), *(new_code_cell(f"print('line\\n' * 30, {n})") for n in range(5)), new_code_cell("1 / 0"), *(new_code_cell("2") for _ in range(40))]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "10_long.ipynb")
+    run = run_notebook(tmp_path / "10_long.ipynb")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"])
+        page = browser.new_page(viewport={"width": 1400, "height": 700})
+        problems, asked = [], []
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(write_index().as_uri())
+        assert page.get_by_text("ZeroDivisionError: division by zero").is_visible() and page.locator(".status.failed").count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.get_by_role("link", name="log").click()
+        assert "ZeroDivisionError" in page.locator("body").inner_text()
+        page.go_back()
+        page.get_by_role("link", name="page").click()
+        assert page.url.endswith(f"{run.id}/long.html#failed")
+        box = page.locator("#failed").bounding_box()
+        assert 0 <= box["y"] < 700 and page.evaluate("window.scrollY") > 300, "the page opens at the failing cell"
+        browser.close()
+    assert not problems and all(u.startswith(("file:", "data:")) for u in asked)
+
+
+# Logs
+
+def test_logs(home):
+    one, two = add(home, 3), add(home, 2, "evaluate")
+    (Path(two.folder) / "log.txt").write_bytes(b"epoch 1\r\xff\x1b[31mred\n")
+    as_bytes = subprocess.run([*LOOPBOOK, "logs", "last"], capture_output=True, timeout=60)
+    assert as_bytes.stdout == b"epoch 1\r\xff\x1b[31mred\n" and as_bytes.returncode == 0
+    assert loopbook("logs", one.id[:16]).stdout == "x" * 1000
+    said = json.loads(loopbook("logs", two.id, "--json").stdout)
+    assert said["id"] == two.id and said["status"] == "completed" and "epoch 1" in said["log"]
+    for words, told in (("2", f"2 runs begin with '2': {one.id}"), ("nothing", "no run 'nothing'"), ("", "no run ''"), ("../outputs", "no run")):
+        error = loopbook("logs", words, code=2)
+        assert error.stdout == "" and error.stderr.startswith("error: ") and told in error.stderr and error.stderr.count("\n") == 1
+    shutil.rmtree(one.folder)
+    assert "was pruned" in loopbook("logs", one.id, code=2).stderr
+    assert "no run yet" in loopbook("logs", "last", code=2, LOOPBOOK_HOME=str(home / "other")).stderr
+
+
+def test_following_a_log_until_the_run_has_ended(home):
+    run = runs.begin(Path("33_train.ipynb"))
+    log = Path(run.folder) / "log.txt"
+    with subprocess.Popen([*LOOPBOOK, "logs", "last", "--follow"], stdout=subprocess.PIPE) as following:
+        time.sleep(0.5)
+        log.write_text("epoch 1\n")
+        assert following.stdout.readline() == b"epoch 1\n", "while the run is going on"
+        with open(log, "a") as file: file.write("epoch 2\nhalf a li")
+        assert following.stdout.readline() == b"epoch 2\n" and following.poll() is None
+        with open(log, "a") as file: file.write("ne\n" + "y" * 3_000_000)
+        runs.finish(run.id, "completed")
+        rest = following.stdout.read()
+        assert rest == b"half a line\n" + b"y" * 3_000_000 and following.wait(20) == 0
+
+
+def test_following_ends_when_the_run_is_killed_or_the_reader_has_enough(home):
+    code = "from pathlib import Path; from nbs_lib import runs; import time; r = runs.begin(Path('a.ipynb')); open(r.folder + '/log.txt', 'w').write('hello\\n' * 100000); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as run:
+        run.stdout.readline()
+        with subprocess.Popen([*LOOPBOOK, "logs", "last", "-f"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as impatient:
+            assert impatient.stdout.readline() == b"hello\n"
+            impatient.stdout.close()
+            with open(next(home.glob("outputs/*/log.txt")), "a") as file: file.write("more\n")
+            assert impatient.wait(20) == 0 and impatient.stderr.read() == b""
+        with subprocess.Popen([*LOOPBOOK, "logs", "last", "-f"], stdout=subprocess.PIPE) as following:
+            threading.Timer(1, run.kill).start()
+            assert following.stdout.read().endswith(b"more\n") and following.wait(20) == 0
+
+
+# Clearing up
+
+@pytest.fixture
+def settings(home):
+    (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n[retention]\nkeep_days = 10\nkeep_runs = 3\nkeep_versions = 2\n")
+    return home / "settings.ini"
+
+
+def kept(home: Path) -> set[str]:
+    return {p.name for p in (home / "outputs").iterdir() if p.is_dir()}
+
+
+def test_what_is_pruned(home, settings):
+    train = [add(home, n) for n in range(20)]
+    add(home, 40, "evaluate")
+    rare, failed = add(home, 90, "digest"), [add(home, 100 + n, "merge", status="failed", error="no") for n in range(5)]
+    stray = home / "outputs" / "screenshots"
+    stray.mkdir()
+    before = kept(home)
+    dry = json.loads(loopbook("prune", "--dry-run", "--json").stdout)
+    assert kept(home) == before and {i["name"] for i in dry["items"]} == {r.id for r in train[10:]} | {r.id for r in failed[3:]} and dry["bytes"] == 12 * 3000
+    done = loopbook("prune")
+    assert "gone: 12 things, 0.0 MB" in done.stdout and train[15].id in done.stdout
+    assert kept(home) == before - {i["name"] for i in dry["items"]} and stray.exists() and rare.id in kept(home)
+    assert len(runs.recent(1000)) == 27 and runs.get(train[15].id).status == "completed", "the rows stay"
+    assert "no longer kept" in (home / "outputs" / "index.html").read_text()
+    assert json.loads(loopbook("prune", "--json").stdout)["items"] == [] and not (home / "outputs" / ".pruned").exists()
+
+
+def test_what_runs_is_never_pruned(home, settings):
+    run = runs.begin(Path("/somewhere/33_train.ipynb"))
+    runs.update(run.id, started_at="2020-01-01T00:00:00.000+00:00")
+    killed = add(home, 50, status="running", ended_at=None)
+    for n in range(4): add(home, n)
+    loopbook("prune")
+    assert run.id in kept(home) and killed.id not in kept(home)
+    loopbook("runs")
+    assert killed.id not in kept(home) and "killed" in runs.get(killed.id).error
+    runs.finish(run.id, "cancelled")
+
+
+def test_the_last_success_stays_so_that_the_loop_has_nothing_to_do(home, settings):
+    old = {r: add(home, 100 + n, parameters={"recipe": r}) for n, r in enumerate(("faces", "birds"))}
+    for n in range(5): add(home, 50 + n, status="failed", parameters={"recipe": "faces"})
+    older = add(home, 200)
+    loopbook("prune")
+    assert {r.id for r in old.values()} <= kept(home) and older.id not in kept(home)
+
+
+def test_nobody_prunes_while_somebody_writes(home, settings):
+    from nbs_lib.writer import writer
+    for n in range(20, 30): add(home, n)
+    with writer("loop of faces"):
+        said = loopbook("prune", code=2).stderr
+        assert "loop of faces" in said and len(kept(home)) == 10
+        assert len(json.loads(loopbook("prune", "--dry-run", "--json").stdout)["items"]) == 7, "to look is allowed"
+
+
+def test_nothing_is_pruned_where_the_tracker_cannot_be_asked(home, settings):
+    for n in range(20, 30): add(home, n)
+    assert "no key" in loopbook("prune", code=2, LOOPBOOK_TRACKING__BACKEND="wandb").stderr and len(kept(home)) == 10
+
+
+def test_caches_that_nobody_uses(home, settings):
+    data, long_ago = home / "data", time.time() - 20 * 86400
+    for name in ("cache/features/old.sqlite", "cache/features/new.sqlite", "cache/openvino/net/a.bin", "cache/openvino/net/b.xml", "cache/wandb/artifacts/obj/md5/ab/cdef",
+                 "wandb/run-1/logs/debug.log", "wandb/offline-run-2/run.wandb", "wandb/offline-run-3/run.wandb.synced", "raw/photos.zip", "feedback/faces/feedback.sqlite"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("12345")
+    for path in [*data.rglob("*")]:
+        if path.name not in ("new.sqlite", "b.xml"): os.utime(path, (long_ago, long_ago))
+    found = json.loads(loopbook("prune", "--json").stdout)
+    assert {i["name"] for i in found["items"]} == {"cache/features/old.sqlite", "cache/wandb/artifacts/obj/md5/ab/cdef", "wandb/run-1", "wandb/offline-run-3"} and found["bytes"] == 20
+    assert (data / "raw/photos.zip").exists() and (data / "feedback/faces/feedback.sqlite").exists() and (data / "cache/openvino/net/a.bin").exists()
+    assert (data / "wandb/offline-run-2/run.wandb").exists(), "was not sent yet" and not (data / ".pruned").exists()
+
+
+MAKE = """
+import os, sys, tempfile
+from pathlib import Path
+from nbs_lib import runs
+from nbs_lib.tracking import open_tracker
+tracker, made = open_tracker(), {}
+def step(name, reads, writes, type, decision=None):
+    run = runs.begin(Path(f"30_{name}.ipynb"), parameters={"recipe": "faces"})
+    os.environ |= {"LOOPBOOK_RUN_ID": run.id, "LOOPBOOK_RUN_DIR": run.folder}
+    with tracker.start(f"faces-{name}", name) as tracked:
+        for ref in reads: tracked.use(ref)
+        folder = Path(tempfile.mkdtemp())
+        (folder / "content").write_text(run.id * 100)
+        if writes: tracked.log_artifact(writes, type, folder)
+    (Path(run.folder) / "notebook.ipynb").write_text(run.id)
+    tracker.attach(tracked.id, [Path(run.folder) / "notebook.ipynb"], "completed")
+    if writes: tracker.download(writes)
+    runs.finish(run.id, "completed", summary=decision or {})
+    return run.id
+for n in range(6):
+    made[n, "download"] = step("download", ["faces-dataset"] if n else [], "faces-dataset", "dataset")
+    made[n, "train"] = step("train", ["faces-dataset"], "faces-model", "model")
+    made[n, "evaluate"] = step("evaluate", ["faces-model"], None, None, {"decision": "promote", "production": f"faces-model:v{n}"} if n in (1, 2) else {"decision": "keep"})
+    if n == 1: tracker.set_alias("faces-model:v1", "production"), tracker.set_alias("faces-model:v1", "previous")
+    if n == 2: tracker.set_alias("faces-model:v2", "production")
+runs._execute("update runs set started_at = '2020' || substr(started_at, 5)")
+print({f"{n} {step}": id for (n, step), id in made.items()})
+"""
+
+
+def lineage_stays(home) -> tuple[dict, dict]:
+    "Make six rounds of which the third is in production, prune them; returns the ids of the runs and what was said."
+    made = eval(subprocess.run([sys.executable, "-c", MAKE], capture_output=True, text=True, check=True, timeout=300).stdout.strip().splitlines()[-1])
+    said = json.loads(loopbook("prune", "--json").stdout)
+    stay = {f"{n} download" for n in (0, 1, 2)} | {f"{n} {s}" for n in (1, 2) for s in ("train", "evaluate")}    # each dataset came from the one before
+    stay |= {f"{n} {s}" for n in (3, 4, 5) for s in ("download", "train", "evaluate")}                            # the newest three
+    assert {name for name, id in made.items() if id in kept(home)} == stay
+    return made, said
+
+
+def test_the_lineage_of_production_stays(home, settings):
+    _, said = lineage_stays(home)
+    [note] = said["notes"]
+    assert re.match(r"trackio cannot delete versions: \d+ that nobody needs stay", note) and not [i for i in said["items"] if i["kind"] == "version"]
+    assert len(json.loads(loopbook("models", "--json").stdout)) == 6
+    assert not [i for i in said["items"] if i["kind"] == "copy"], "hard links into Trackio's store: deleting them gives nothing back"
+
+
+DELETING_SERVER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("wandb_server", sys.argv.pop(1))
+server = importlib.util.module_from_spec(spec)
+sys.modules["wandb_server"] = server
+spec.loader.exec_module(server)
+def deleteArtifact(self, input):
+    artifact = server.node(server.Artifact, input["artifactID"])
+    if artifact.aliases() and not input.get("deleteAliases"): raise server.GQLError("the artifact has aliases")
+    for member in artifact._memberships: del member.artifactCollection._members[member.versionIndex]
+    artifact.state = "DELETED"
+    return {"artifact": artifact}
+server.Mutation.deleteArtifact = deleteArtifact
+server.main()
+"""
+
+
+@pytest.fixture
+def deleting_server(tmp_path):
+    "The W&B server for tests, taught to delete versions."
+    script = SHARED / "tools" / "wandb_server.py"
+    if not script.exists(): pytest.skip(f"no W&B server for tests: {script} is missing")
+    command = [sys.executable, "-c", DELETING_SERVER, str(script), "--port", "0", "--data-dir", str(tmp_path / "server")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        yield WandbServer(server.stdout.readline().split()[-1])
+        server.kill()
+
+
+def test_versions_are_deleted_where_that_can_be_done(home, settings, deleting_server, monkeypatch):
+    for name, value in deleting_server.env.items(): monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOOPBOOK_TRACKING__BACKEND", "wandb")
+    _, said = lineage_stays(home)
+    assert not said["notes"]
+    assert {m["version"] for m in json.loads(loopbook("models", "--json").stdout)} == {"v1", "v2", "v4", "v5"}
+    assert {d["version"] for d in json.loads(loopbook("datasets", "--json").stdout)} == {"v0", "v1", "v2", "v4", "v5"}
+    assert {p.name for p in (home / "data" / "artifacts" / "faces-model").iterdir() if not p.name.startswith(".")} == {"v1", "v2", "v4", "v5"}
+    there = {a["name"].split(":")[0] + ":" + a["version"] for a in deleting_server.state("loopbook")["artifacts"] if a["state"] != "DELETED"}
+    assert {v for v in there if "train-notebook" in v} == {f"faces-train-notebook:v{n}" for n in (1, 2, 4, 5)}
+
+
+KILLS = """
+import os, random, signal, sys, time
+from datetime import UTC, datetime
+from nbs_lib.retention import prune
+from nbs_lib.settings import load_settings
+from nbs_lib.tracking import open_tracker
+open_tracker(load_settings())
+for _ in range(int(sys.argv[1])):
+    if not (child := os.fork()):
+        prune(wait=True)
+        os._exit(0)
+    time.sleep(random.uniform(0.005, 0.08))
+    os.kill(child, signal.SIGKILL)
+    print(os.WEXITSTATUS(os.waitpid(child, 0)[1]), flush=True)
+    for folder in os.scandir(os.environ["LOOPBOOK_HOME"] + "/outputs"):
+        if folder.is_dir() and not folder.name.startswith("."): assert len(os.listdir(folder)) == 60, folder.name
+"""
+
+
+@pytest.mark.faults
+def test_a_killed_prune_leaves_whole_folders_or_none(home, settings):
+    for n in range(60): add(home, 20 + n, files=60)
+    subprocess.run([sys.executable, "-c", KILLS, "25"], check=True, timeout=300, stdout=subprocess.DEVNULL)
+    left = kept(home) - {".pruned"}
+    assert 3 <= len(left) and len(runs.recent(1000)) == 60
+    loopbook("prune")
+    assert len(kept(home)) == 3 and not (home / "outputs" / ".pruned").exists() and (home / "outputs" / "index.html").exists()
+
+

@@ -5,6 +5,8 @@
 # make notebooks after editing notebooks: clean them and export them to nbs_lib
 # make check     are the notebooks clean, is nbs_lib in step with them, does ruff find anything
 # make screenshot the README's picture, of a run made now
+# make test-faults  kills the daemon, the runner and the kernel at random moments, a hundred times
+# make test-airflow runs the Airflow DAG under a real Airflow, in an environment of its own
 # make bench     measure, beside what people use today
 # make lock      pin the newest versions that pyproject.toml allows
 
@@ -14,7 +16,7 @@ UV = $(shell command -v uv || echo $(BIN)/uv)
 WORKERS ?= auto
 export UV_LINK_MODE ?= hardlink
 
-.PHONY: install loop test lab notebooks check screenshot bench lock
+.PHONY: install loop test test-faults test-airflow lab notebooks check screenshot bench lock
 
 install: .venv/.installed
 
@@ -28,11 +30,20 @@ install: .venv/.installed
 loop: install
 	@$(BIN)/loopbook loop $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SOURCE),--source "$(SOURCE)")
 
-# the last two use all cores themselves, so they come after the parallel ones, each in a process of its own
+# whole loops use all cores themselves, and browsers and faults want a quiet machine: they come after the parallel ones
+ALONE := tests/test_train.py tests/test_whole_loop.py tests/test_closing_loop.py tests/test_faults.py
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/test_whole_loop.py --ignore tests/test_train.py tests
-	$(BIN)/python -m pytest tests/test_train.py
-	$(BIN)/python -m pytest tests/test_whole_loop.py
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser" $(addprefix --ignore ,$(ALONE)) tests
+	for file in $(ALONE); do $(BIN)/python -m pytest $$file || exit 1; done
+	$(BIN)/python -m pytest -m browser --ignore tests/test_whole_loop.py tests
+
+test-faults: install
+	FAULTS=100 $(BIN)/python -m pytest -m faults --timeout 7200 tests
+
+test-airflow: install
+	test -x .airflow/bin/python || $(UV) venv --quiet --python $(BIN)/python .airflow
+	$(UV) pip install --quiet --python .airflow/bin/python --requirement tests/airflow/requirements.txt
+	.airflow/bin/python -m pytest tests/airflow/check_dag.py
 
 lab: install
 	$(BIN)/jupyter lab notebooks
@@ -55,3 +66,4 @@ bench: install
 
 lock: install
 	$(UV) pip compile --quiet --universal --upgrade --no-header --no-annotate --no-emit-index-url --python-version 3.11 --extra dev pyproject.toml --output-file constraints.txt
+	printf 'apache-airflow\npytest\n' | $(UV) pip compile --quiet --universal --upgrade --no-header --no-annotate --no-emit-index-url --python-version 3.11 - --output-file tests/airflow/requirements.txt

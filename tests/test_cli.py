@@ -27,6 +27,7 @@ def test_run(home, notebook):
     done = loopbook("run", notebook, "-p", "x", "-4", "-p", "flag", "false", "--json")
     record = json.loads(done.stdout)
     assert done.returncode == 0 and record["status"] == "completed" and record["parameters"] == {"x": -4.0, "flag": False}
+    assert record["step"] == "invert" and record["seconds"] > 0
     assert Path(record["folder"], "log.txt").read_text() == "-0.25 False\n" and "completed" in done.stderr
     plain = loopbook("run", notebook)
     assert plain.returncode == 0 and Path(plain.stdout.strip()).read_text().startswith("<!DOCTYPE html>")
@@ -62,9 +63,25 @@ def test_wrong_settings(home, notebook):
 
 
 def test_usage(home, notebook):
-    for words in (["run"], ["run", notebook, "-p", "x"], ["jump"], ["predict", "a.png", "--top", "0"]):
+    for words in (["run"], ["run", notebook, "-p", "x"], ["jump"], ["predict", "a.png", "--top", "0"], ["models", "--jsn"]):
         done = loopbook(*words)
-        assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr, words
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert "--help`" in done.stderr, words
+    alone = loopbook()
+    assert "rollback" in alone.stdout and alone.stderr == ""
+
+
+def test_a_home_that_cannot_be_written_is_told_in_one_line(home, notebook, tmp_path):
+    (tmp_path / "file").touch()
+    for words in (["run", notebook], ["loop"], ["runs"]):
+        done = loopbook(*words, LOOPBOOK_HOME=str(tmp_path / "file"))
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_json_has_no_value_that_only_python_reads(capsys):
+    from nbs_lib.terminal import print_json
+    print_json({"loss": float("nan"), "more": [float("inf"), 0.5], "path": Path("a")})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "more": [None, 0.5], "path": "a"}
 
 
 def test_empty_lists(home):
@@ -87,14 +104,14 @@ from nbs_lib.backbone import create_backbone, preprocessing_of
 from nbs_lib.gate import promote
 from nbs_lib.model import Network, save_model
 from nbs_lib.tracking import open_tracker
-tracker, card = open_tracker(), {"backbone": "resnet10t", "mode": "finetune", "temperature": {"animal": 1.0, "beard": 1.0}}
+tracker, card = open_tracker(), {"backbone": "resnet10t", "mode": "finetune", "temperature": {"label": 1.0, "beard": 1.0}}
 with tracker.start("train", "train") as run:
     for seed in (0, 1):
         torch.manual_seed(seed)
         net, folder = create_backbone("resnet10t", pretrained=False), pathlib.Path(tempfile.mkdtemp())
         how = preprocessing_of(net, 64)
-        save_model(folder, Network(net, how, {"animal": ["[red]cat", "dog", "owl"], "beard": ["no", "yes"]}).eval(), how, card)
-        version = run.log_artifact("faces-model", "model", folder, {"accuracy": {"animal": 0.91}, "backbone": "resnet10t"}, aliases=("candidate",))
+        save_model(folder, Network(net, how, {"label": ["[red]cat", "dog", "owl"], "beard": ["no", "yes"]}).eval(), how, card)
+        version = run.log_artifact("faces-model", "model", folder, {"accuracy": {"label": 0.91}, "backbone": "resnet10t"}, aliases=("candidate",))
         if seed == 0: promote(tracker, "faces-model", version.version)
 """
 
@@ -114,29 +131,84 @@ def test_models_promote_rollback(home, trained):
     first = production()
     assert first["production"] != first["candidate"] == first["latest"]
     table = loopbook("models", LOOPBOOK_HOME=trained).stdout
-    assert "animal 91.0%" in table and "resnet10t" in table and "production" in table
+    assert "label 91.0%" in table and "resnet10t" in table and "production" in table
     done = loopbook("promote", "candidate", LOOPBOOK_HOME=trained)
     assert done.returncode == 0 and done.stdout == f"faces-model:{first['candidate']} is in production\n"
     assert production()["previous"] == first["production"]
     assert loopbook("rollback", LOOPBOOK_HOME=trained).stdout == f"faces-model:{first['production']} is in production\n"
+    again = json.loads(loopbook("promote", f"faces-model:{first['candidate']}", "--json", LOOPBOOK_HOME=trained).stdout)
+    assert again["ref"] == f"faces-model:{first['candidate']}" and "production" in again["aliases"]
+    assert json.loads(loopbook("rollback", "--json", LOOPBOOK_HOME=trained).stdout)["version"] == first["production"]
 
 
-def test_predict(home, trained, tmp_path):
+@pytest.fixture
+def photos(tmp_path):
+    "Five good images, one broken file and one text, with names that look like markup."
     from PIL import Image
-    photos = tmp_path / "photos [b]"
-    for i in range(3):
-        (photos / "deep").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30), (80 * i, 9, 9)).save(photos / "deep" / f"[red]{i}.png")
-    (photos / "notes.txt").write_text("no image")
-    (photos / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
-    done = loopbook("predict", photos, "--json", "--top", 2, LOOPBOOK_HOME=trained)
+    folder = tmp_path / "photos [b]"
+    (folder / "deep").mkdir(parents=True)
+    for i in range(3): Image.new("RGB", (40, 30), (80 * i, 9, 9)).save(folder / "deep" / f"[red]{i}.png")
+    for name in ("a.jpg", "z.jpg"): Image.new("RGB", (40, 30), "navy").save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    return folder
+
+
+def test_predict_as_json(home, trained, photos):
+    done = loopbook("predict", photos / "z.jpg", photos, "--json", "--top", 2, LOOPBOOK_HOME=trained)
     said = json.loads(done.stdout)
-    assert done.returncode == 0 and [Path(p["path"]).name for p in said["predictions"]] == [f"[red]{i}.png" for i in range(3)]
-    assert [Path(e["path"]).name for e in said["errors"]] == ["broken.jpg"] and done.stderr.startswith("error: ") and "broken.jpg" in done.stderr
-    for row in said["predictions"]:
-        values = list(row["targets"]["animal"].values())
-        assert len(values) == 2 and values == sorted(values, reverse=True) and abs(sum(row["targets"]["beard"].values()) - 1) < 1e-5
-    table = loopbook("predict", photos / "deep" / "[red]0.png", "--model", "candidate", LOOPBOOK_HOME=trained).stdout
+    assert done.returncode == 0 and [str(Path(row["path"]).relative_to(photos)) for row in said] == [
+        "z.jpg", "a.jpg", "broken.jpg", "z.jpg", "deep/[red]0.png", "deep/[red]1.png", "deep/[red]2.png"]
+    assert said[2].keys() == {"path", "model", "error"} and "broken.jpg" in done.stderr and done.stderr.count("\n") == 1
+    for row in said[:2] + said[3:]:
+        assert row.keys() == {"path", "model", "targets"} and row["model"].startswith("faces-model:v") and list(row["targets"]) == ["label", "beard"]
+        for target in row["targets"].values():
+            assert target.keys() == {"class", "probability", "top"} and len(target["top"]) == 2
+            assert target["top"][0] == [target["class"], target["probability"]] and target["top"][0][1] >= target["top"][1][1]
+        assert abs(sum(p for _, p in row["targets"]["beard"]["top"]) - 1) < 1e-5
+    assert said[0]["targets"] == said[3]["targets"]
+
+
+def test_predict_as_a_table(home, trained, photos):
+    picture = photos / "deep" / "[red]0.png"
+    table = loopbook("predict", picture, "--model", "candidate", LOOPBOOK_HOME=trained).stdout
     assert "photos [b]" in table and "[red]0.png" in table and "%" in table
+    assert loopbook("predict", picture, "--model", "faces-model:v0", LOOPBOOK_HOME=trained).returncode == 0
+
+
+def test_nothing_but_broken_files_is_an_error_with_all_reasons(home, trained, photos):
     unread = loopbook("predict", photos / "broken.jpg", photos / "notes.txt", LOOPBOOK_HOME=trained)
     assert unread.returncode == 2 and unread.stdout == "" and unread.stderr.count("error: ") == 2 and "Traceback" not in unread.stderr
+    told = loopbook("predict", photos / "broken.jpg", "--json", LOOPBOOK_HOME=trained)
+    assert told.returncode == 2 and [row.keys() for row in json.loads(told.stdout)] == [{"path", "model", "error"}]
+
+
+@pytest.mark.parametrize("name", ["said.parquet", "said.csv"])
+def test_predict_into_a_file(home, trained, photos, tmp_path, name):
+    import pandas as pd
+    done = loopbook("predict", photos, "--out", tmp_path / name, "--json", LOOPBOOK_HOME=trained)
+    table = pd.read_parquet(tmp_path / name) if name.endswith("parquet") else pd.read_csv(tmp_path / name)
+    assert done.returncode == 0 and json.loads(done.stdout) | {"model": ""} == {"out": str(tmp_path / name), "model": "", "images": 6, "unreadable": 1}
+    assert list(table) == ["path", "model", "label.class", "label.probability", "beard.class", "beard.probability", "error"]
+    said = json.loads(loopbook("predict", photos, "--json", LOOPBOOK_HOME=trained).stdout)
+    assert list(table["path"]) == [row["path"] for row in said] and list(table["error"].notna()) == ["error" in row for row in said]
+    good, told = table[table["error"].isna()], [row["targets"]["label"] for row in said if "targets" in row]
+    assert list(good["label.class"]) == [t["class"] for t in told]
+    assert all(abs(p - t["probability"]) < 1e-9 for p, t in zip(good["label.probability"], told, strict=True))
+    assert {p.name for p in tmp_path.iterdir() if "said" in p.name} == {name}
+
+
+@pytest.mark.parametrize("out, said", [("said.xlsx", ".parquet or .csv"), ("said", ".parquet or .csv"), ("nowhere/said.csv", "cannot be written"), ("folder.csv", "is a folder")])
+def test_a_place_that_cannot_be_written_is_told_in_one_line(home, trained, photos, tmp_path, out, said):
+    (tmp_path / "folder.csv").mkdir()
+    done = loopbook("predict", photos, "--out", tmp_path / out, LOOPBOOK_HOME=trained)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_file_name_that_is_no_text(home, trained, photos, tmp_path):
+    name = os.fsencode(photos) + b"/caf\xe9.jpg"
+    try: os.link(photos / "a.jpg", name)
+    except OSError: pytest.skip("this file system has no such names")
+    assert "caf" in loopbook("predict", photos, LOOPBOOK_HOME=trained).stdout
+    assert "caf" in loopbook("predict", photos, "--json", LOOPBOOK_HOME=trained).stdout
+    assert loopbook("predict", photos, "--out", tmp_path / "said.csv", LOOPBOOK_HOME=trained).returncode == 0 and "caf" in (tmp_path / "said.csv").read_text()

@@ -20,7 +20,7 @@ from nbs_lib import settings
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-STEPS = ("download", "train", "evaluate")
+STEPS = ("download", "train", "evaluate", "merge", "label_errors", "digest", "feedback")
 
 
 def cells(notebook: Path) -> list[dict]:

@@ -109,7 +109,7 @@ def test_real_photos_growing_source_rollback_and_prediction(tmp_path):
         two = loopbook(home, *words)
         picture = tmp_path / "a [red]cat.jpg"
         picture.write_bytes(source.read(names["cat"][159]))
-    assert summaries(one)["evaluate"]["accuracy"]["animal"] > 0.95 and summaries(one)["evaluate"]["decision"] == "promote"
+    assert summaries(one)["evaluate"]["accuracy"]["label"] > 0.95 and summaries(one)["evaluate"]["decision"] == "promote"
     assert summaries(two)["download"]["rows"] == 320
     assert sum(summaries(two)[s]["images_embedded"] for s in ("train", "evaluate")) == 80, "only the new ones"
     assert "production_accuracy" in summaries(two)["evaluate"]

@@ -275,6 +275,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nbs_lib.jobs.zone': ('jobs.html#zone', 'nbs_lib/jobs.py')},
             'nbs_lib.kernels': { 'nbs_lib.kernels.Forked': ('kernels.html#forked', 'nbs_lib/kernels.py'),
                                  'nbs_lib.kernels.Forked.poll': ('kernels.html#forked.poll', 'nbs_lib/kernels.py'),
+                                 'nbs_lib.kernels.Forked.send_signal': ('kernels.html#forked.send_signal', 'nbs_lib/kernels.py'),
                                  'nbs_lib.kernels.KernelManager': ('kernels.html#kernelmanager', 'nbs_lib/kernels.py'),
                                  'nbs_lib.kernels.KernelManager.kernel_spec': ( 'kernels.html#kernelmanager.kernel_spec',
                                                                                 'nbs_lib/kernels.py'),

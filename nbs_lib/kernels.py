@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -91,6 +91,8 @@ class Forked(psutil.Process):
     "A kernel from the nursery, with what jupyter_client wants of a process."
     stdin = stdout = stderr = None
     def poll(self) -> int | None: return None if self.is_running() else 1
+    def send_signal(self, number: int) -> None:
+        with suppress(psutil.NoSuchProcess): super().send_signal(number)   # like Popen's: a dead process has its wish
 
 class Nursery:
     "The process that imports and forks."

@@ -156,7 +156,7 @@ body[data-voila] h1 { font-size: 22px; margin: 0 } body[data-voila] h1 + blockqu
 .labeller .body { display: flex; flex-flow: row wrap; gap: 16px; margin: 12px 0; overflow: visible; align-items: stretch }
 .labeller .stage { flex: 1 1 340px; min-width: 0; overflow: visible } .labeller .panel { flex: 1.2 1 380px; min-width: 0; overflow: visible; gap: 10px }
 .labeller .wide .stage { flex: 1 1 300px } .labeller .wide .panel { flex: 3 1 600px }
-.labeller img { margin: 0; max-width: none }
+.labeller img { margin: 0; max-width: none; overflow: clip }
 .labeller img.photo { width: 100%; height: clamp(220px, 54vh, 460px); object-fit: contain; background: #f2f4f7; border-radius: 8px }
 .labeller .caption { text-align: center; margin-top: 6px; height: 20px }
 .labeller .targets { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 12px; overflow: visible }
@@ -171,8 +171,8 @@ body[data-voila] h1 { font-size: 22px; margin: 0 } body[data-voila] h1 + blockqu
 .labeller .choice.numbered::first-letter { color: var(--quiet); font-size: 80% }
 .labeller .choice.chosen { border-color: var(--blue); box-shadow: inset 0 0 0 1px var(--blue) }
 .labeller .bare .choice { min-height: 31px; font-size: 14px; padding-top: 3px; padding-bottom: 3px }
-.labeller .targets.several .option { display: block } .labeller .targets.several .option img { width: 100%; height: 42px; margin-top: 2px }
-.labeller .targets.several .choice { width: 100%; min-height: 34px; font-size: 14px; padding: 4px 44px 4px 8px } .labeller .targets.several .choice::after { right: 8px; font-size: 12px }
+.labeller .targets.several .option { flex-flow: column; gap: 3px } .labeller .targets.several .option img { order: 1; width: 100%; height: 42px }
+.labeller .targets.several .choice { flex: none; width: 100%; min-height: 34px; font-size: 14px; padding: 4px 44px 4px 8px } .labeller .targets.several .choice::after { right: 8px; font-size: 12px }
 .labeller .actions .jupyter-button { flex: 1 1 110px; min-height: 44px } .labeller .actions .main { flex-grow: 2 } .labeller .jupyter-button.main { background: var(--blue); border-color: var(--blue); color: #fff; font-weight: 600 }
 .labeller .status { flex: 1 1 260px } .labeller .status.bad { color: var(--bad); white-space: normal; overflow-wrap: anywhere } .labeller .silence { color: var(--bad); flex: none }
 .labeller .hint { visibility: visible; color: var(--blue) } .labeller:focus-within .hint { visibility: hidden }

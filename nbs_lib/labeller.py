@@ -134,6 +134,7 @@ class Labeller(Screen):
             if target.many and self.filter.value: examples = examples | self.questions.examples((target.name, c) for c in offered[:EXAMPLES])
             target.show(offered, self.question, examples, n == self.active, self.chosen.get(target.name))
             (target.add_class if n == self.active else target.remove_class)("active")
+        if len(self.targets) > 1: self.new.placeholder = f"New class of {self.targets[self.active].name}"
         said = self._proposal(self.question)
         self.right.description = "Save   ⏎" if self.chosen != said else f"Right: {listed(said)}   ⏎" if len(said) == len(self.targets) == 1 else "Right   ⏎"
 

@@ -80,6 +80,17 @@ def bench_loop() -> None:
     new = summary_of(answer, "download")["rows"] - 2143
     embedded = sum(summary_of(answer, step)["images_embedded"] for step in ("train", "evaluate"))
     record("old photos embedded again", max(0, embedded - new), "photos", "0", f"{embedded} embedded, {new} new")
+    said = WORK / "said"
+    said.mkdir()
+    with zipfile.ZipFile(DATA / "cats_dogs_incoming.zip") as incoming:
+        rows = incoming.read(next(n for n in incoming.namelist() if n.endswith("labels.csv"))).decode().splitlines()
+        (said / "labels.csv").write_text("\n".join([rows[0], *rows[101:201]]))
+        for name in (row.split(",")[0] for row in rows[101:201]): (said / name).write_bytes(incoming.read(name))
+    subprocess.run([LOOPBOOK, "feedback", "import", said, "--user", "bench", "--recipe", "cats_vs_dogs"], check=True, stdout=subprocess.DEVNULL)
+    seconds, _, answer = loop(photos)
+    record("loop after 100 answers", seconds, "s", "< 20", str(answer["decision"]))
+    embedded = sum(summary_of(answer, step)["images_embedded"] for step in ("train", "evaluate"))
+    record("old photos embedded again after answers", max(0, embedded - 100), "photos", "0", f"{embedded} embedded, 100 new")
 
 
 def plain_recipe(epochs: int = 10, steps: int = 20) -> float:
@@ -191,7 +202,37 @@ def bench_help() -> None:
     record("loopbook --help, median of 9", statistics.median(once() for _ in range(9)), "s", "< 0.5")
 
 
-BENCHES = {"help": bench_help, "loop": bench_loop, "predict": bench_predict, "embed": bench_embed, "dataset": bench_dataset}
+def bench_feedback() -> None:
+    import bench_feedback as feedback
+    for measure in (feedback.import_images, feedback.store_writes):
+        for name, (value, unit) in measure(Path(tempfile.mkdtemp(dir=WORK)), DATA / "cifar10.zip").items(): record(name, value, unit)
+
+
+def bench_labelling() -> None:
+    from bench_labelling import labelling
+    with zipfile.ZipFile(DATA / "birds.zip") as archive:       # any photos will do
+        photos = [(Path(n).name, archive.read(n)) for n in archive.namelist() if n.endswith(".jpg")][:200]
+    if not (HOME / "data" / "tracking").exists(): loop(DATA / "cats_dogs.zip")
+    for name, value in labelling(HOME, "cats_vs_dogs", photos).items(): record(f"labelling page, {name.replace('_', ' ')}", value, "", {"p95_ms": "< 100", "labels_a_minute": ">= 60"}.get(name, ""))
+
+
+def alone(script: str) -> dict:
+    "What a benchmark in a process and a home of its own has measured."
+    return json.loads(subprocess.run([sys.executable, Path(__file__).with_name(script)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def bench_merge() -> None:
+    for name, value in alone("bench_merge.py").items(): record(f"1,000 answers into 60,000 images, {name}", value, "")
+
+
+def bench_schedule() -> None:
+    targets = {"overhead, over papermill": "<= 0.5", "a_day, run / due": "1"}
+    for group, found in alone("bench_schedule.py").items():
+        for name, value in found.items(): record(f"{group}, {name}", value, "s" if group == "overhead" else "", targets.get(f"{group}, {name}", ""))
+
+
+BENCHES = {"help": bench_help, "loop": bench_loop, "predict": bench_predict, "embed": bench_embed, "dataset": bench_dataset,
+           "labelling": bench_labelling, "feedback": bench_feedback, "merge": bench_merge, "schedule": bench_schedule}
 
 
 def main(names: list[str]) -> None:

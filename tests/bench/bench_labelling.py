@@ -33,6 +33,7 @@ def labelling(home: Path, recipe: str, photos: Iterable[tuple[str, bytes]], n: i
     from nbs_lib.feedback_store import Store
     from nbs_lib.settings import load_settings
     store = Store(recipe, load_settings(home))
+    before = len(store.history())
     for name, data in photos: store.add(data, name, "bench")
     with subprocess.Popen([LOOPBOOK, "label", "--port", "0", "--recipe", recipe, "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                           env=os.environ | {"LOOPBOOK_HOME": str(home)}) as server:
@@ -56,6 +57,6 @@ def labelling(home: Path, recipe: str, photos: Iterable[tuple[str, bytes]], n: i
                 delays = sorted(page.evaluate("delays"))
                 browser.close()
         finally: server.terminate()
-    answered = len(store.history())
+    answered = len(store.history()) - before
     assert answered == n, f"{answered} of {n} labels are in the store"
     return {"labels_a_minute": 60 * n / seconds, "p50_ms": statistics.median(delays), "p95_ms": delays[int(0.95 * len(delays))], "measured": len(delays)}

@@ -285,13 +285,12 @@ with open_tracker().start("probe", "test") as run:
 
 def test_warm_kernel(home, make, tmp_path):
     "A kernel from the nursery: the same environment, folder, log, exit handlers and end as any other."
-    from nbs_lib.kernels import warm_kernels
-    code = "import atexit, os, pathlib, sys; atexit.register(lambda: pathlib.Path('left').write_text('in order')); print(os.environ['LOOPBOOK_RUN_ID'], os.getcwd(), 'pandas' in sys.modules, flush=True)"
-    with warm_kernels():
-        time.sleep(3)
+    from nbs_lib import kernels
+    code = "import atexit, os, pathlib, sys; atexit.register(lambda: pathlib.Path('left').write_text('in order')); print(os.environ['LOOPBOOK_RUN_ID'], os.getcwd(), os.getppid(), flush=True)"
+    with kernels.warm_kernels():
         run = run_notebook(make(code, "os.system('echo from a child')"))
         assert run.status == "completed" and (tmp_path / "left").read_text() == "in order"
-        assert sorted((Path(run.folder) / "log.txt").read_text().splitlines()) == [f"{run.id} {tmp_path} True", "from a child"]
+        assert sorted((Path(run.folder) / "log.txt").read_text().splitlines()) == [f"{run.id} {tmp_path} {kernels._nursery.process.pid}", "from a child"]
         assert run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=""))).status == "completed" and gone(tmp_path / "pids")
         for code, word in [("raise ValueError('no')", "ValueError"), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "DeadKernelError")]:
             assert word in run_notebook(make(code, "1")).error

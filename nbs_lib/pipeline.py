@@ -111,7 +111,7 @@ def load_papermill():
                 if cell.cell_type != "code": return
                 save()
                 if on_cell: on_cell(code.index(cell_index) + 1, len(code))
-            client = Client(book, kernel_name=kernel_name, kernel_manager_class=KernelManager, timeout=cell_timeout, startup_timeout=120,
+            client = Client(book, kernel_name=kernel_name, kernel_manager_class=KernelManager, timeout=cell_timeout, startup_timeout=120, iopub_timeout=60,
                             stdout_file=log, stderr_file=log, store_widget_state=False, on_cell_start=starts)
             client.stop = stop
             client.km = client.create_kernel_manager()

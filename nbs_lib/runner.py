@@ -115,8 +115,8 @@ def tell(slot: Slot, settings: Settings) -> None:
     if slot.status == "failed":
         about = next((m for m in messages(made[0]) if m["event"] == "failure"), {}) if made else {}
         told.append({"event": "failure", "title": f"job {job.name} failed", "text": slot.reason or ""} | {k: about[k] for k in ("text", "run", "log") if k in about})
-        if paused := slots.states()[job.name].paused:
-            told.append({"event": "paused", "title": f"job {job.name} is paused", "text": f"It {paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
+        if (state := slots.states().get(job.name)) and state.paused:
+            told.append({"event": "paused", "title": f"job {job.name} is paused", "text": f"It {state.paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
     if slot.status == "completed" and job.notify == "always" and not told: told.append({"event": "completed", "title": f"job {job.name} is done", "text": slot.result or ""})
     for message in told: notify(settings=settings, **message)
 

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,9 +62,9 @@ class Folder:
             except UserError as error:
                 self.problems[name] = str(error)
                 if name not in self.jobs and name in known: self.jobs[name] = known[name].defined
-        self._seen = seen
         changed = [name for name in changed if name in self.jobs]
         if changed or gone: slots.sync([self.jobs[n] for n in changed], now, gone)
+        self._seen = seen                                              # not before: a full disk is tried again
         return changed
 
 # %% ../notebooks/59_schedule.ipynb #d3e5bdea
@@ -74,7 +75,7 @@ class Daemon:
     def __init__(self, say: Callable[[str], None] = print):
         self.folder, self.say = Folder(), say
         self.running: dict[str, tuple[Slot, object]] = {}              # token -> slot, process
-        self.ended: list[Slot] = []
+        self.ended: deque[Slot] = deque(maxlen=1000)
         self.quit = threading.Event()
         self._clock, self._armed, self._ripe = Scheduler(tzinfo=UTC), {}, []
         self._told: dict[str, str] = {}
@@ -95,8 +96,8 @@ class Daemon:
         now = datetime.now(UTC)
         if now < self._last: self._ripe += self.folder.jobs            # the clock was put back
         self._last = now
-        if not (ripe := [self.folder.jobs[n] for n in dict.fromkeys(self._ripe) if n in self.folder.jobs]): return
-        for slot in slots.plan(ripe, now, self.folder.settings.schedule.catch_up):
+        ripe = [self.folder.jobs[n] for n in dict.fromkeys(self._ripe) if n in self.folder.jobs]
+        for slot in slots.plan(ripe, now, self.folder.settings.schedule.catch_up) if ripe else ():
             if slot.status != "due": self._report(slot)
         self._ripe.clear()
         for job in ripe:
@@ -138,8 +139,8 @@ class Daemon:
         if slot.status == "due": return self.say(f"{slot.job}: failed: {slot.reason}; again in {length(max(slot.not_before - time.time(), 0))}")
         if slot.reason == "nothing new": return
         self.say(f"{slot.job}: {slot.status}" + "".join(f": {text}" for text in (slot.result, slot.reason) if text))
-        if slot.status == "failed" and (paused := slots.states()[slot.job].paused):
-            self.say(f"{slot.job}: paused, it {paused}; mend it, then `loopbook schedule --resume {slot.job}`")
+        state = slots.states().get(slot.job) if slot.status == "failed" else None
+        if state and state.paused: self.say(f"{slot.job}: paused, it {state.paused}; mend it, then `loopbook schedule --resume {slot.job}`")
 
     def _tell(self, problems: dict[str, str]) -> None:
         "Say each problem when it comes up."
@@ -163,7 +164,8 @@ class Daemon:
             if process.poll() is None:
                 kill_processes(token)
                 process.wait()
-            if slots.give_back(slot, "the scheduler was stopped"): self.say(f"{slot.job}: stopped")
+            try: slots.give_back(slot, "the scheduler was stopped") and self.say(f"{slot.job}: stopped")
+            except UserError as error: self.say(str(error))            # the next daemon will find it killed
         self.running.clear()
         self._presence.release()
 
@@ -187,7 +189,7 @@ class Daemon:
                     trouble = str(error)
                 self.quit.wait(tick)
         finally: self.stop()
-        return self.ended
+        return list(self.ended)
 
 # %% ../notebooks/59_schedule.ipynb #55490d75
 def awake() -> bool:

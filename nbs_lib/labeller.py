@@ -43,7 +43,6 @@ class Labeller(Screen):
         self.busy, self.done, self.left, self.times, self.came = False, 0, 0, deque(maxlen=60), Counter()
         self.aside: list[Question] = []                    # struck out, or nothing to confirm: not for the grid
         super().__init__(self._press, self._photo, self.settings.feedback.max_upload_mb, folders=not served)   # a page's visitors have no business in the server's folders
-        if self.user: self.only("status")
         self.order.observe(lambda change: self._press("order"), "value")
         self.filter.observe(lambda change: self._press("filter"), "value")
 
@@ -72,8 +71,11 @@ class Labeller(Screen):
     # ---- beginning
 
     def do_hello(self, _) -> None:
-        if self.user and not self.questions: self.do_name(self.user)
-        if not self.user: self.production.warm_up()
+        if self.questions: return                          # a second view of this labeller
+        if self.user: return self.do_name(self.user)
+        self.only("start", "status")
+        self.status.value = ""
+        self.production.warm_up()
 
     def do_name(self, text: str) -> None:
         if self.questions: return

@@ -118,7 +118,7 @@ class Screen(widgets.VBox):
         self.right, self.unknown, self.undo = _button("Right", "right", "main"), _button("Don't know   ?", "unknown"), _button("Undo   ⌫", "undo")
         self.filter, self.new = _field("Find a class: /", "first", "filter"), _field("New class", "new", "new-class")
         self.folder = _field("Folder on this computer", "folder", "grow") if folders else None
-        self.status, again = Words("", "status"), _button("Look again", "next")
+        self.status, again = Words("Loading…", "status"), _button("Look again", "next")
         said = _bar(self.right, self.unknown, self.undo, names="actions")
         more = _bar(self.filter, self.new, _button("Add class", "new"))
         panel = _named(widgets.VBox([self.model, self.columns, more, said]), "panel")
@@ -133,7 +133,7 @@ class Screen(widgets.VBox):
             "foot": _bar(*photos, names="foot")}
         super().__init__(list(self.parts.values()))
         self.add_class("labeller")
-        self.only("start", "status")
+        self.only("status")                                # until the browser can hear
 
     def only(self, *parts: str) -> None:
         "Show these parts, hide the others."

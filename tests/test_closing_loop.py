@@ -55,9 +55,9 @@ def pets(home):
         for kind, count in (("cat", 37), ("dog", 3)):
             for name in [n for n in names if n.startswith(kind)][:count]: target.writestr(name, source.read(name))
     (home / "settings.ini").write_text("[project]\nrecipe = pets\n[tracking]\nbackend = trackio\n[recipe.pets]\nsource = pets.zip\ntarget = animal\n")
-    for name in [m for m in sys.modules if m.partition(".")[0] == "trackio"]: del sys.modules[name]  # it stores in one folder per process
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]  # it stores in one folder per process
     yield home
-    for name in [m for m in sys.modules if m.partition(".")[0] == "trackio"]: del sys.modules[name]
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]
 
 
 def mirrored(photo: bytes) -> bytes:

@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 
 def forget_trackio() -> None:
-    for name in [m for m in sys.modules if m.partition(".")[0] == "trackio"]: del sys.modules[name]       # it stores in one folder a process
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]       # it stores in one folder a process
 
 
 @pytest.fixture(scope="module")

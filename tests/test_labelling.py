@@ -234,12 +234,20 @@ class Served:
 def served(place):
     server = Served(place)
     yield server
-    server.process.kill()
+    server.process.terminate()
 
 
-def test_the_page_behind_its_token(place, store, chromium):
+@pytest.fixture
+def serve(place):
+    "Start a server of one's own; it is stopped, however the test ends."
+    servers = []
+    yield lambda code=None: servers.append(Served(place, code)) or servers[-1]
+    for server in servers: server.process.terminate()
+
+
+def test_the_page_behind_its_token(serve, store, chromium):
     fill(store, 40)
-    server = Served(place)
+    server = serve()
     for path in ("", "?token=wrong", "?token=", "voila/static/voila.js", "voila/labextensions/anywidget/static/main.js", "login", "api/kernels/" + "-".join(["0" * 8] + ["0" * 4] * 3 + ["0" * 12]),
                  "voila/files/x.png", "static/favicon.ico", "?token=%C3%A9"): assert server.status(path) == 403, path
     assert server.status("voila/static/voila.js?token=a-token") == 200 and not server.kernels()
@@ -269,10 +277,10 @@ def test_the_page_behind_its_token(place, store, chromium):
     other.page.get_by_text("Not saved yet").wait_for(timeout=20_000)
 
 
-def test_an_idle_kernel_ends_and_the_page_says_so(place, store, chromium):
+def test_an_idle_kernel_ends_and_the_page_says_so(serve, store, chromium):
     fill(store, 5)
-    server = Served(place, "import json; from nbs_lib.label_server import serve\n"
-                           "serve('127.0.0.1', 0, 'a-token', lambda address: print(json.dumps({'address': address}), flush=True), idle=5)")
+    server = serve("import json; from nbs_lib.label_server import serve\n"
+                   "serve('127.0.0.1', 0, 'a-token', lambda address: print(json.dumps({'address': address}), flush=True), idle=5)")
     page = server.page(chromium).ready()
     page.key("1")
     for _ in range(300):

@@ -42,7 +42,7 @@ pathlib.Path(os.environ["LOOPBOOK_RUN_DIR"], "result.json").write_text(json.dump
 
 def forget_trackio():
     "Trackio stores in one folder per process, said when it is imported."
-    for name in [m for m in sys.modules if m.partition(".")[0] == "trackio"]: del sys.modules[name]
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]
 
 
 @pytest.fixture

@@ -121,17 +121,17 @@ def gone(file: Path, within: float = 5) -> bool:
 
 def test_run_timeout(home, make, tmp_path):
     file, began = make(SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)"), "print('never')"), time.monotonic()
-    run = run_notebook(file, timeout=3)
-    assert time.monotonic() - began < 10
-    assert (run.status, run.error, run.cell) == ("failed", "timed out after 3 s", "1/2")
+    run = run_notebook(file, timeout=8)
+    assert time.monotonic() - began < 20
+    assert (run.status, run.error, run.cell) == ("failed", "timed out after 8 s", "1/2")
     assert cells(run) == ["failed", "skipped"] and "KeyboardInterrupt" in page(run) and gone(tmp_path / "pids")
 
 
 def test_timeout_of_a_deaf_notebook(home, make, tmp_path, monkeypatch):
     monkeypatch.setattr("nbs_lib.pipeline.GRACE", 1)
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
-    run = run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=f"get_ipython().kernel.pre_handler_hook = lambda: None; {deaf}")), timeout=2)
-    assert run.status == "failed" and run.error == "timed out after 2 s" and gone(tmp_path / "pids")
+    run = run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=f"get_ipython().kernel.pre_handler_hook = lambda: None; {deaf}")), timeout=8)
+    assert run.status == "failed" and run.error == "timed out after 8 s" and gone(tmp_path / "pids")
 
 
 def test_swallowed_interrupt_is_no_success(home, make):
@@ -270,7 +270,7 @@ def test_damaged_records(home, make):
 
 def test_tracked_run(home, make):
     from nbs_lib.tracking import open_tracker
-    for name in [m for m in sys.modules if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
     code = """from nbs_lib.tracking import open_tracker
 import pathlib, tempfile
 folder = pathlib.Path(tempfile.mkdtemp()); (folder / "a.txt").write_text("a")
@@ -294,8 +294,8 @@ def test_warm_kernel(home, make, tmp_path):
         assert run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=""))).status == "completed" and gone(tmp_path / "pids")
         for code, word in [("raise ValueError('no')", "ValueError"), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "DeadKernelError")]:
             assert word in run_notebook(make(code, "1")).error
-        run = run_notebook(make("import os\nif not os.fork():\n    while True: pass", SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)")), timeout=3)
-        assert run.error == "timed out after 3 s" and gone(tmp_path / "pids")
+        run = run_notebook(make("import os\nif not os.fork():\n    while True: pass", SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)")), timeout=8)
+        assert run.error == "timed out after 8 s" and gone(tmp_path / "pids")
         session = int((tmp_path / "pids").read_text().split()[0])
         assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and os.getsid(p.pid) == session], "a forked child of the kernel is left"
 

@@ -31,7 +31,7 @@ NAME = "faces-model"
 
 
 def forget_trackio():
-    for name in [m for m in sys.modules if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
 
 
 def bundle(folder: Path, seed: int) -> Path:

@@ -65,12 +65,14 @@ def nursery() -> None:
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the runner to handle
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # a dead kernel leaves no zombie
-    imports, more = _imports(), True
+    imports, more, forked = _imports(), True, False
     while True:
-        if select.select([sys.stdin], [], [], 0 if more else None)[0]:
+        # the first kernel starts with what there is; the next one would import the rest beside the nursery, so it waits for it
+        if not (more and forked) and select.select([sys.stdin], [], [], 0 if more else None)[0]:
             if not (line := sys.stdin.readline()): return
             if not (pid := os.fork()): return _become_kernel(**json.loads(line))
             print(pid, flush=True)
+            forked = True
         else: more = next(imports, nursery) is not nursery
 
 def _become_kernel(connection: str, env: dict, cwd: str, log: str) -> None:

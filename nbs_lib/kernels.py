@@ -5,16 +5,21 @@
 # %% ../notebooks/53_kernels.ipynb #0b1de8df
 from __future__ import annotations
 
+import atexit
+import ctypes
+import gc
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 from ipykernel.kernelspec import get_kernel_dict
@@ -62,20 +67,29 @@ def _imports():
 
 def nursery() -> None:
     "Import, and fork a kernel for each request on stdin, answering with its process id; the end of stdin is the end."
+    _die_with_parent()
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the runner to handle
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # a dead kernel leaves no zombie
+    gc.disable()
     imports, more, forked = _imports(), True, False
     while True:
         # the first kernel starts with what there is; the next one would import the rest beside the nursery, so it waits for it
         if not (more and forked) and select.select([sys.stdin], [], [], 0 if more else None)[0]:
             if not (line := sys.stdin.readline()): return
-            if not (pid := os.fork()): return _become_kernel(**json.loads(line))
+            gc.freeze()                                    # a collection in a kernel would copy every page that it shares
+            if not (pid := os.fork()): _become_kernel(**json.loads(line))
             print(pid, flush=True)
             forked = True
         else: more = next(imports, nursery) is not nursery
 
-def _become_kernel(connection: str, env: dict, cwd: str, log: str) -> None:
+def _die_with_parent() -> None:
+    "Let Linux kill this process when the one that began it has died, whatever it may be busy with."
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)             # PR_SET_PDEATHSIG, prctl(2)
+
+# %% ../notebooks/53_kernels.ipynb #5bd6ee0d
+def _become_kernel(connection: str, env: dict, cwd: str, log: str) -> NoReturn:
+    _die_with_parent()
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -85,8 +99,16 @@ def _become_kernel(connection: str, env: dict, cwd: str, log: str) -> None:
     for source, to in ((os.open(os.devnull, os.O_RDONLY), [0]), (os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), [1, 2])):
         for number in to: os.dup2(source, number)
         os.close(source)
+    gc.enable()
     from ipykernel.kernelapp import IPKernelApp
-    IPKernelApp.launch_instance(argv=["-f", connection, f"--IPKernelApp.parent_handle={os.getppid()}"])   # it ends when the nursery does
+    app = IPKernelApp.instance()
+    sys.modules["debugpy"] = None
+    app.initialize(["-f", connection, f"--IPKernelApp.parent_handle={os.getppid()}"])   # not that of a Jupyter around us
+    del sys.modules["debugpy"]
+    app.start()
+    threading._shutdown()                                  # as multiprocessing ends its forks
+    atexit._run_exitfuncs()
+    os._exit(0)
 
 # %% ../notebooks/53_kernels.ipynb #bdb8425c
 class Forked(psutil.Process):

@@ -3,7 +3,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +16,16 @@ SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
+def home(tmp_path, monkeypatch) -> Iterator[Path]:
     "An empty home in a temporary folder; no key, no settings and no run of the outer environment reach the test."
     for name in list(os.environ):
         if name.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_")): monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("LOOPBOOK_HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    return tmp_path / "home"
+    yield tmp_path / "home"
+    for thread in threading.enumerate():                   # a message on its way would arrive in the next test's home
+        if thread is not threading.main_thread() and not thread.daemon: thread.join(60)
 
 
 @dataclass

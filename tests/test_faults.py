@@ -19,7 +19,7 @@ import nbformat
 import psutil
 import pytest
 from filelock import FileLock
-from test_schedule import CLI, define, left, until, write
+from schedules import CLI, define, left, until, write
 
 from nbs_lib import runs, slots
 from nbs_lib.runner import recover
@@ -212,7 +212,7 @@ FULL = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, os.environ["TESTS"])
-from test_schedule import CLI, define, until, write
+from schedules import CLI, define, until, write
 home = Path(os.environ["LOOPBOOK_HOME"])
 from nbs_lib import runs, slots
 write(home, "hello", "print('hello')")

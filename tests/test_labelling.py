@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,9 +12,11 @@ import urllib.request
 from base64 import b64encode
 from pathlib import Path
 
+import browsers
 import numpy as np
 import psutil
 import pytest
+from browsers import CHROMIUM, OUTSIDE, jupyterlab, open_notebook, run_all
 from conftest import ROOT
 from PIL import Image
 from small_data import picture
@@ -24,9 +25,6 @@ from nbs_lib.feedback_store import Store
 from nbs_lib.settings import load_settings
 
 BIN = Path(sys.executable).parent
-CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
-OUTSIDE = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))}
-SHOTS = ROOT / "outputs" / "screenshots"
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")]
 MODEL = """
 import sys, tempfile, torch
@@ -76,11 +74,7 @@ def fill(store: Store, n: int, first: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def chromium():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
-        yield browser
-        browser.close()
+    with browsers.chromium() as found: yield found
 
 
 class Page:
@@ -94,6 +88,12 @@ class Page:
         self.page.locator(".labeller img.photo").wait_for(timeout=timeout * 1000)
         self.page.wait_for_function("document.querySelector('.labeller').dataset.token > 0")
         return self
+
+    def enter(self, name: str) -> None:
+        "Give a name, as the notebook asks for one."
+        self.page.locator(".enter-name input").fill(name, timeout=90_000)
+        self.page.keyboard.press("Enter")
+        self.ready()
 
     def token(self) -> int: return int(self.page.locator(".labeller").get_attribute("data-token"))
     def text(self, what: str) -> str: return self.page.locator(f".labeller .{what}").first.text_content()
@@ -118,9 +118,7 @@ class Page:
 
     def outside(self) -> list[str]: return [u for u in self.asked if not u.startswith(("blob:", "data:")) and "://127.0.0.1:" not in u]
 
-    def shoot(self, name: str) -> None:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SHOTS / f"{name}.png")
+    def shoot(self, name: str) -> None: browsers.shoot(self.page, name)
 
 
 def standing(store: Store) -> dict: return {r.name: r.labels["colour"] for r in store.standing().itertuples(index=False) if r.labels}
@@ -149,20 +147,8 @@ def lab(place, tmp_path_factory):
     "JupyterLab on a copy of the notebooks: its process and its address."
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    folders = {"HOME": folder / "user", "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces"}
-    process = subprocess.Popen([BIN / "jupyter-lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=tok",
-                                "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-                               cwd=folder, env=environment(place) | {k: str(v) for k, v in folders.items()}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    yield process, f"http://127.0.0.1:{port}/lab/tree/notebooks/{next((ROOT / 'notebooks').glob('*_feedback.ipynb')).name}?token=tok&reset"
-    process.terminate()
-    process.wait(30)
-
-
-def run_all(page) -> None:
-    page.evaluate("async () => { await window.jupyterapp.restored; await window.jupyterapp.commands.execute('runmenu:run-all') }")
+    with jupyterlab(folder, folder, environment(place)) as (process, address):
+        yield process, f"{address}notebooks/{next((ROOT / 'notebooks').glob('*_feedback.ipynb')).name}"
 
 
 def test_in_jupyterlab_by_keyboard_and_mouse_with_a_kernel_that_dies(lab, store, chromium):
@@ -170,14 +156,8 @@ def test_in_jupyterlab_by_keyboard_and_mouse_with_a_kernel_that_dies(lab, store,
     process, address = lab
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     labeller = Page(page)
-    for _ in range(120):
-        try: page.goto(address); break
-        except Exception: time.sleep(0.5)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=90_000)
-    run_all(page)
-    page.locator(".enter-name input").fill("ann", timeout=90_000)
-    page.keyboard.press("Enter")
-    labeller.ready()
+    open_notebook(page, address)
+    labeller.enter("ann")
     for n in range(15): labeller.key("12"[n % 2])
     for n in range(15): labeller.click(f".press-pick-0-{n % 2}")
     labeller.shoot("labeller-jupyterlab")
@@ -193,11 +173,8 @@ def test_in_jupyterlab_by_keyboard_and_mouse_with_a_kernel_that_dies(lab, store,
     page.get_by_text("Not saved yet").wait_for(timeout=20_000)
     assert labeller.saved == standing(store)
     page.locator(".jp-Dialog button.jp-mod-accept").click(timeout=30_000)              # "the kernel has died and is restarted"
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
     run_all(page)
-    page.locator(".enter-name input").fill("ann", timeout=90_000)
-    page.keyboard.press("Enter")
-    labeller.ready()
+    labeller.enter("ann")
     for n in range(5): labeller.key("12"[n % 2])
     assert labeller.saved == standing(store) and len(labeller.saved) == 33
     while (page.keyboard.press("Backspace"), time.sleep(0.2)) and len(standing(store)) > 30: pass         # also what was said before the kernel died

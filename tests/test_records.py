@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+from browsers import browser, chromium
 from conftest import SHARED, WandbServer
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -22,7 +23,6 @@ from nbs_lib import runs
 from nbs_lib.report import NEWEST, write_index
 
 LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
-CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
 
 
 def loopbook(*words, code: int = 0, **environment):
@@ -102,18 +102,14 @@ def test_many_write_the_page_and_nobody_reads_half_of_it(home):
     assert looks > 10 and [w.returncode for w in writers] == [0, 0, 0] and not list((home / "outputs").glob("*.tmp"))
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@browser
 def test_from_the_page_to_the_cell_that_failed(home, tmp_path):
-    from playwright.sync_api import sync_playwright
-
     from nbs_lib.pipeline import run_notebook
     cells = [new_markdown_cell("# Long"), *(new_code_cell(f"print('line\\n' * 30, {n})") for n in range(5)), new_code_cell("1 / 0"), *(new_code_cell("2") for _ in range(40))]
     nbformat.write(new_notebook(cells=cells), tmp_path / "10_long.ipynb")
     run = run_notebook(tmp_path / "10_long.ipynb")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"])
-        page = browser.new_page(viewport={"width": 1400, "height": 700})
+    with chromium() as shown:
+        page = shown.new_page(viewport={"width": 1400, "height": 700})
         problems, asked = [], []
         page.on("pageerror", lambda e: problems.append(str(e)))
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
@@ -128,7 +124,6 @@ def test_from_the_page_to_the_cell_that_failed(home, tmp_path):
         assert page.url.endswith(f"{run.id}/long.html#failed")
         box = page.locator("#failed").bounding_box()
         assert 0 <= box["y"] < 700 and page.evaluate("window.scrollY") > 300, "the page opens at the failing cell"
-        browser.close()
     assert not problems and all(u.startswith(("file:", "data:")) for u in asked)
 
 

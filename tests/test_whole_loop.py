@@ -2,20 +2,17 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from browsers import OUTSIDE, browser, chromium, jupyterlab, open_notebook, shoot
 from conftest import ROOT, SHARED
 
 LOOPBOOK = Path(sys.executable).with_name("loopbook")
 FACES = os.environ.get("FACES", "240")
-CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
-OUTSIDE = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))}
 
 
 def loopbook(home: Path, *words, code: int = 0, **environment):
@@ -128,15 +125,11 @@ def test_a_missing_source_is_said_in_one_line_and_leaves_nothing(tmp_path):
     assert not list((tmp_path / "home" / "data").rglob("*.parquet"))
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@browser
 def test_the_report_in_a_browser(first):
-    from playwright.sync_api import sync_playwright
-    page_file = Path(summaries_folder(first[1], "evaluate")) / "evaluate.html"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"])
-        page = browser.new_page(viewport={"width": 1000, "height": 1150}, device_scale_factor=1)
-        problems, asked = [], []
+    page_file, problems, asked = Path(summaries_folder(first[1], "evaluate")) / "evaluate.html", [], []
+    with chromium() as window:
+        page = window.new_page(viewport={"width": 1000, "height": 1150}, device_scale_factor=1)
         page.on("pageerror", lambda e: problems.append(str(e)))
         page.on("request", lambda r: asked.append(r.url))
         page.goto(page_file.as_uri())
@@ -145,40 +138,20 @@ def test_the_report_in_a_browser(first):
         assert page.get_by_role("heading", name="How good").is_visible()
         page.get_by_text("How this step works").click()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
-        (ROOT / "outputs" / "screenshots").mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=ROOT / "outputs" / "screenshots" / "evaluate.png")
-        browser.close()
+        shoot(page, "evaluate")
     assert not problems and all(u.startswith(("file:", "data:")) for u in asked)
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@browser
 def test_run_all_in_jupyterlab(first, tmp_path):
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    folders = {"HOME": tmp_path / "user", "JUPYTERLAB_SETTINGS_DIR": tmp_path / "settings", "JUPYTERLAB_WORKSPACES_DIR": tmp_path / "workspaces", "LOOPBOOK_HOME": first[0]}
-    lab = subprocess.Popen([LOOPBOOK.with_name("jupyter-lab"), "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=tok",
-                            "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-                           cwd=tmp_path, env=OUTSIDE | {k: str(v) for k, v in folders.items()}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
-            page = browser.new_page(viewport={"width": 1200, "height": 1000})
-            for _ in range(120):
-                try: page.goto(f"http://127.0.0.1:{port}/lab/tree/notebooks/33_train.ipynb?token=tok&reset"); break
-                except Exception: time.sleep(0.5)
-            page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=90_000)
-            page.evaluate("async () => { await window.jupyterapp.restored; await window.jupyterapp.commands.execute('runmenu:run-all') }")
-            expect(page.locator(".jp-OutputArea .jp-RenderedMarkdown", has_text="is the candidate;")).to_be_attached(timeout=150_000)
-            assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
-            page.screenshot(path=ROOT / "outputs" / "screenshots" / "jupyterlab.png")
-            browser.close()
-    finally:
-        lab.terminate()
-        lab.wait(20)
+    with jupyterlab(tmp_path, tmp_path, OUTSIDE | {"LOOPBOOK_HOME": str(first[0])}) as (_, address), chromium() as window:
+        page = window.new_page(viewport={"width": 1200, "height": 1000})
+        open_notebook(page, f"{address}notebooks/33_train.ipynb")
+        expect(page.locator(".jp-OutputArea .jp-RenderedMarkdown", has_text="is the candidate;")).to_be_attached(timeout=150_000)
+        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+        shoot(page, "jupyterlab")
 
 
 def summaries_folder(answer: dict, step: str) -> str:

@@ -1,0 +1,66 @@
+"""Chromium and JupyterLab, for the tests in which a person looks at a page."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
+SHOTS = ROOT / "outputs" / "screenshots"
+OUTSIDE = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))}
+
+
+def browser(test):
+    "Marks a test that needs Chromium; it is skipped where there is none."
+    return pytest.mark.browser(pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")(test))
+
+
+@contextmanager
+def chromium() -> Iterator:
+    "A browser that finds this machine and nothing else."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+        try: yield found
+        finally: found.close()
+
+
+def shoot(page, name: str) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+@contextmanager
+def jupyterlab(folder: Path, own: Path, environment: dict) -> Iterator[tuple[subprocess.Popen, str]]:
+    "JupyterLab in `folder`, with its settings in `own`: its process, and the address to which a notebook's path is added."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    places = {"HOME": own / "user", "JUPYTERLAB_SETTINGS_DIR": own / "settings", "JUPYTERLAB_WORKSPACES_DIR": own / "workspaces"}
+    lab = subprocess.Popen([Path(sys.executable).with_name("jupyter-lab"), "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=tok",
+                            "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+                           cwd=folder, env=environment | {k: str(v) for k, v in places.items()}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try: yield lab, f"http://127.0.0.1:{port}/lab/tree/"
+    finally:
+        lab.terminate()
+        lab.wait(30)
+
+
+def open_notebook(page, address: str) -> None:
+    "Open a notebook in JupyterLab, which may still be starting, and run all of it."
+    for _ in range(120):
+        try: page.goto(f"{address}?token=tok&reset"); break
+        except Exception: time.sleep(0.5)
+    run_all(page)
+
+
+def run_all(page) -> None:
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=90_000)
+    page.evaluate("async () => { await window.jupyterapp.restored; await window.jupyterapp.commands.execute('runmenu:run-all') }")

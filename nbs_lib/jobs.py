@@ -20,8 +20,8 @@ from .runs import step_name
 from .settings import Section, Settings, UserError, key, load_settings, nearest, use_recipe
 
 # %% auto #0
-__all__ = ['UNITS', 'DAYS', 'NAME', 'CLOCK', 'Seconds', 'seconds', 'zone', 'Job', 'length', 'Loops', 'locate', 'read_job',
-           'next_slot', 'last_slot', 'count_slots']
+__all__ = ['UNITS', 'DAYS', 'NAME', 'CLOCK', 'Seconds', 'seconds', 'zone', 'Job', 'writes', 'length', 'Loops', 'locate',
+           'read_job', 'next_slot', 'last_slot', 'count_slots']
 
 # %% ../notebooks/56_jobs.ipynb #4b9f27fc
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -96,8 +96,12 @@ class Job(Section):
         return f"{f'daily {self.daily}' if self.daily else self.weekly} {self.timezone}"
     @property
     def writes(self) -> bool:
-        "Whether it changes datasets, models or aliases: the loop, and each of its steps."
-        return self.loop or step_name(self.notebook) in {step_name(s.notebook) for s in STEPS}
+        "Whether it changes datasets, models or aliases."
+        return self.loop or writes(self.notebook)
+
+def writes(notebook: str | Path) -> bool:
+    "Whether the notebook is one of the loop's steps, which change datasets, models or aliases."
+    return step_name(notebook) in {step_name(s.notebook) for s in STEPS}
 
 def length(seconds: float) -> str:
     "A length of time as people write it: `1h30m`."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -41,9 +42,12 @@ def run(notebook: Annotated[str, typer.Argument(help="A notebook's path, or a st
         kernel: Annotated[str | None, typer.Option(metavar="K", help="Jupyter kernel; the notebook's own where not given.")] = None,
         timeout: Annotated[float | None, typer.Option(metavar="S", help="Stop the run after so many seconds.")] = None,
         as_json: Json = False):
-    "Execute one notebook, keep it and its HTML in outputs/."
+    "Execute one notebook, keep it and its HTML in outputs/; a step of the loop waits until nobody else is writing."
+    from nbs_lib.jobs import writes
     from nbs_lib.pipeline import find_notebook, run_notebook
-    with progress() as (on_step, on_cell):
+    from nbs_lib.writer import writer
+    def waits(reason): print(f"{reason}; waiting", file=sys.stderr)
+    with writer(f"a run of {notebook}", told=waits) if writes(notebook) else nullcontext(), progress() as (on_step, on_cell):
         on_step(find_notebook(notebook).stem, None)
         done = run_notebook(notebook, dict(p.split("=", 1) for p in parameter or []), kernel, timeout, texts=True, on_cell=on_cell)
         on_step(done.step, done)

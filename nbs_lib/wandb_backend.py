@@ -5,12 +5,14 @@
 # %% ../notebooks/12_wandb_backend.ipynb #f85eac29
 from __future__ import annotations
 
+import atexit
 import contextlib
 import netrc
 import os
 import re
 import secrets
 import shutil
+import signal
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -51,8 +53,19 @@ def told():
     except Exception as error:
         import wandb
         if not isinstance(error, (wandb.Error, TimeoutError)): raise
+        atexit.register(_leave)
         raise UserError(f"W&B says: {' '.join(str(error).split())}; check network, key and [tracking], "
                         "or set [tracking] backend = wandb-offline") from None
+
+# %% ../notebooks/12_wandb_backend.ipynb #c18cea81
+def _leave(patience: int = 30) -> None:
+    "At exit: let `wandb-core` have so many seconds to end by itself."
+    import psutil
+    def end(*_):
+        for process in psutil.Process().children():
+            if process.name() == "wandb-core": process.terminate()
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(patience)
 
 # %% ../notebooks/12_wandb_backend.ipynb #75676183
 class WandbRun:

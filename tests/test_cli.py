@@ -33,6 +33,20 @@ def test_run(home, notebook):
     assert plain.returncode == 0 and Path(plain.stdout.strip()).read_text().startswith("<!DOCTYPE html>")
 
 
+def test_a_step_waits_for_who_is_writing_and_another_notebook_does_not(home, notebook):
+    step = notebook.rename(notebook.with_name("31_train.ipynb"))
+    held = "import sys; from nbs_lib.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()
+        assert loopbook("run", step.rename(notebook)).returncode == 0
+        with subprocess.Popen([*LOOPBOOK, "run", notebook.rename(step)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+            assert "the loop of somebody" in (said := waiting.stderr.readline()) and said.endswith("is writing here; waiting\n")
+            assert waiting.poll() is None and len(json.loads(loopbook("runs", "--json").stdout)) == 1
+            holder.stdin.close()
+            waiting.communicate(timeout=60)
+    assert waiting.returncode == 0 and [r["step"] for r in json.loads(loopbook("runs", "--json").stdout)] == ["train", "invert"]
+
+
 def test_failed_run(home, notebook):
     done = loopbook("run", notebook, "-p", "x", "0", "--json")
     record = json.loads(done.stdout)

@@ -198,7 +198,7 @@ def test_messages_of_runs(home):
 
     from nbs_lib import runs
     from nbs_lib.report import messages
-    run = runs.begin(Path("47_merge.ipynb"), parameters={"recipe": "faces"})
+    run = runs.begin(Path("46_merge.ipynb"), parameters={"recipe": "faces"})
     (Path(run.folder) / "result.json").write_text(json.dumps({"run": {"id": "faces-merge-1"}}))
     why = [{"outcome": "waits", "reason": "nobody knows it: for an expert", "images": 3}, {"outcome": "waits", "reason": "people disagree: for a review", "images": 5}]
     done = runs.finish(run.id, "completed", summary={"joins": 2, "why": why})

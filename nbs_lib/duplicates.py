@@ -25,7 +25,7 @@ SIDE = 32  # of a thumbnail, pixels
 def thumbnail(data: bytes) -> np.ndarray:
     "An image file's bytes as uint8 (SIDE, SIDE), grey, squeezed into the square; raises `BadImage`."
     from PIL.Image import Resampling
-    return np.asarray(picture(data).resize((SIDE, SIDE), Resampling.BILINEAR, reducing_gap=2).convert("L"))
+    return np.asarray(picture(data, 2 * SIDE).resize((SIDE, SIDE), Resampling.BILINEAR, reducing_gap=2).convert("L"))
 
 def thumbnails(ids: Sequence[str], images: Callable[[list[str]], Iterable[tuple[str, bytes]]]) -> np.ndarray:
     "float32 (n, SIDE, SIDE) in the order of `ids`; `images(missing)` gives id and bytes of those that are not in the cache."

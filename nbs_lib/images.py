@@ -70,10 +70,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 # %% ../notebooks/20_images.ipynb #5c0f76e8
-def picture(data: bytes) -> Image.Image:
-    "The image of a file, upright and RGB, to look at; raises `BadImage`."
+def picture(data: bytes, enough: int | None = None) -> Image.Image:
+    "The image of a file, upright and RGB, to look at; one of which `enough` pixels a side will do may come smaller, and sooner; raises `BadImage`."
     image = open_image(data)
     try:
+        if enough: image.draft("RGB", (enough, enough))
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
     except Exception as error: raise BadImage(" ".join(str(error).split()) or "broken image data") from None

@@ -72,15 +72,14 @@ def nursery() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the runner to handle
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # a dead kernel leaves no zombie
     gc.disable()
-    imports, more, forked = _imports(), True, False
+    imports, more = _imports(), True
     while True:
-        # the first kernel starts with what there is; the next one would import the rest beside the nursery, so it waits for it
-        if not (more and forked) and select.select([sys.stdin], [], [], 0 if more else None)[0]:
+        # a kernel starts with the small ones, or with all: a fork between torch and the rest would load that beside us, and has been seen to hang
+        if not (more and "torch" in sys.modules) and select.select([sys.stdin], [], [], 0 if more else None)[0]:
             if not (line := sys.stdin.readline()): return
             gc.freeze()                                    # a collection in a kernel would copy every page that it shares
             if not (pid := os.fork()): _become_kernel(**json.loads(line))
             print(pid, flush=True)
-            forked = True
         else: more = next(imports, nursery) is not nursery
 
 def _die_with_parent() -> None:

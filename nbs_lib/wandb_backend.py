@@ -63,7 +63,7 @@ def _leave(patience: int = 30) -> None:
     import psutil
     def end(*_):
         for process in psutil.Process().children():
-            if process.name() == "wandb-core": process.terminate()
+            if process.name() == "wandb-core": process.kill()
     signal.signal(signal.SIGALRM, end)
     signal.alarm(patience)
 

@@ -122,7 +122,7 @@ def tell(slot: Slot, settings: Settings) -> None:
 
 def announced(slot: Slot | None) -> Slot | None:
     "The slot; what is to be said of it is on its way, in a thread of its own."
-    if slot: threading.Thread(target=tell, args=(slot, load_settings())).start()
+    if slot: threading.Thread(target=tell, args=(slot, load_settings()), name="message").start()
     return slot
 
 # %% ../notebooks/58_runner.ipynb #36e6d0de

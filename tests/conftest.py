@@ -25,7 +25,7 @@ def home(tmp_path, monkeypatch) -> Iterator[Path]:
     (tmp_path / "home").mkdir()
     yield tmp_path / "home"
     for thread in threading.enumerate():                   # a message on its way would arrive in the next test's home
-        if thread is not threading.main_thread() and not thread.daemon: thread.join(60)
+        if thread.name == "message": thread.join(60)
 
 
 @dataclass

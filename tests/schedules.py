@@ -12,6 +12,7 @@ import time_machine
 from nbformat.v4 import new_code_cell, new_notebook
 
 from nbs_lib import slots
+from nbs_lib.schedule import Daemon
 
 CLI = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
 START = datetime(2026, 11, 21, 10, 2, tzinfo=UTC)
@@ -49,6 +50,22 @@ def here(home):
 @pytest.fixture
 def clock():
     with time_machine.travel(START, tick=False) as traveller: yield traveller
+
+
+def go(daemon: Daemon, clock, seconds: float, status: str = "completed", reason: str | None = None) -> None:
+    "What is due at once ends as `status`; then time passes."
+    daemon.plan()
+    for slot in slots.due(datetime.now(UTC)): slots.finish(slots.claim(slot, datetime.now(UTC)).token, status, reason)
+    clock.shift(seconds)
+
+
+def five_minutes_later(clock) -> Daemon:
+    "A daemon whose five-minute jobs have just become due."
+    daemon = Daemon()
+    daemon.plan()
+    clock.shift(300)
+    daemon.plan()
+    return daemon
 
 
 def planned(**equal) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_feedback_store import limit, png, said
+from stores import limit, png, said
 
 from nbs_lib import feedback_import
 from nbs_lib.feedback_import import export, parse_labels

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from schedules import CLI, START, clock, define, here, left, planned, until, write  # noqa: F401  fixtures
+from schedules import CLI, START, clock, define, five_minutes_later, go, here, left, planned, until, write  # noqa: F401  fixtures
 from small_data import picture
 from test_loop import steps  # noqa: F401  a fixture
 
@@ -52,8 +52,7 @@ def test_too_many_failures_in_a_row_pause_a_job(here, clock):
     daemon.plan()
     def slot_that_is(status):
         clock.shift(300)
-        daemon.plan()
-        for row in slots.due(datetime.now(UTC)): slots.finish(slots.claim(row, datetime.now(UTC)).token, status, "no network")
+        go(daemon, clock, 0, status, "no network")
         return len(planned())
     assert [slot_that_is(s) for s in ("failed", "completed", "failed", "failed", "completed", "completed")] == [1, 2, 3, 4, 4, 4]
     assert slots.states()["fails"].paused == "failed 2 times in a row, the last time: no network" and overview()[0]["next"] is None
@@ -155,19 +154,13 @@ def test_a_writer_may_skip_instead(here):
 
 def test_no_more_runs_at_once_than_allowed(here, clock):
     for n in range(5): define(here, f"job{n}", every="5m")
-    daemon = Daemon()
-    daemon.plan()
-    clock.shift(300)
-    daemon.plan()
+    five_minutes_later(clock)
     assert [bool(slots.claim(s, START, parallel=2)) for s in slots.due(datetime.now(UTC))] == [True, True, False, False, False]
 
 
 def test_a_lease_runs_out_and_the_late_process_is_refused(here, clock):
     define(here, "a", every="5m")
-    daemon = Daemon()
-    daemon.plan()
-    clock.shift(300)
-    daemon.plan()
+    five_minutes_later(clock)
     first = slots.claim(slots.due(datetime.now(UTC))[0], datetime.now(UTC))
     assert not slots.due(datetime.now(UTC)) and slots.expire(datetime.now(UTC)) == []
     clock.shift(10)
@@ -187,7 +180,7 @@ def test_a_process_that_cannot_start_is_a_failure_that_is_told(here, monkeypatch
     said = []
     Daemon().plan()
     time.sleep(1.1)
-    [slot] = Daemon(said.append).run(once=True, tick=0.1)
+    slot, *_ = Daemon(said.append).run(once=True, tick=0.1)
     assert slot.status == "failed" and "its process did not start: OSError: no room for me" in slot.reason
 
 

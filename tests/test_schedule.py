@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 import pytest
-from schedules import CLI, START, clock, define, here, planned, until, write  # noqa: F401  fixtures
+from schedules import CLI, START, clock, define, five_minutes_later, go, here, planned, until, write  # noqa: F401  fixtures
 from test_loop import steps  # noqa: F401  a fixture
 
 from nbs_lib import slots
@@ -16,10 +16,7 @@ from nbs_lib.settings import UserError
 def test_a_day_of_slots(here, clock):
     define(here, "quarterly", every="6h")
     daemon = Daemon()
-    for _ in range(24 * 4):
-        daemon.plan()
-        for slot in slots.due(datetime.now(UTC)): slots.finish(slots.claim(slot, datetime.now(UTC)).token, "completed")
-        clock.shift(900)
+    for _ in range(24 * 4): go(daemon, clock, 900)
     assert planned() == [(s, "completed") for s in ("11-21T12:00", "11-21T18:00", "11-22T00:00", "11-22T06:00")]
 
 
@@ -28,33 +25,27 @@ def test_once_on_the_days_when_clocks_change(here, clock, start, slot):
     clock.move_to(datetime.fromisoformat(start).replace(tzinfo=UTC))
     define(here, "nightly", daily="02:30", timezone="Europe/Berlin")
     daemon = Daemon()
-    for _ in range(41 * 6):
-        daemon.plan()
-        for row in slots.due(datetime.now(UTC)): slots.finish(slots.claim(row, datetime.now(UTC)).token, "completed")
-        clock.shift(600)
+    for _ in range(41 * 6): go(daemon, clock, 600)
     assert planned() == [(s, "completed") for s in slot]
 
 
 def test_a_clock_that_is_put_back_runs_nothing_again(here, clock):
     define(here, "often", every="5m")
     daemon = Daemon()
-    def go(minutes):
-        for _ in range(minutes):
-            daemon.plan()
-            for row in slots.due(datetime.now(UTC)): slots.finish(slots.claim(row, datetime.now(UTC)).token, "completed")
-            clock.shift(60)
-    go(60)
+    def minutes(n):
+        for _ in range(n): go(daemon, clock, 60)
+    minutes(60)
     before = planned()
     clock.shift(-3600)
-    go(58)
+    minutes(58)
     assert planned() == before, "an hour that has been"
-    go(10)
+    minutes(10)
     assert len(planned()) == len(before) + 1 and len(set(planned())) == len(planned())
     clock.shift(366 * 86400)                                           # a clock that was wrong for a moment
-    go(1)
+    minutes(1)
     clock.shift(-366 * 86400)
     count = len(planned())
-    go(20)
+    minutes(20)
     assert len(planned()) == count + 5, "it goes on"
 
 
@@ -108,10 +99,7 @@ def test_a_job_is_not_due_for_what_was_before_it_or_before_its_change(here, cloc
 
 def test_a_run_that_is_still_going_is_not_started_again(here, clock):
     define(here, "often", every="5m")
-    daemon = Daemon()
-    daemon.plan()
-    clock.shift(300)
-    daemon.plan()
+    daemon = five_minutes_later(clock)
     [row] = slots.due(datetime.now(UTC))
     token = slots.claim(row, datetime.now(UTC)).token
     slots.take(token)

@@ -34,7 +34,7 @@ def _jpeg(image) -> bytes:
 
 def shrink(data: bytes, size: int = SHOWN) -> bytes:
     "A JPEG of the image within `size` x `size` pixels; raises `BadImage`."
-    image = picture(data)
+    image = picture(data, size)
     image.thumbnail((size, size))
     return _jpeg(image)
 
@@ -42,7 +42,7 @@ def strip(images: Iterable[bytes]) -> bytes:
     "A JPEG with squares cut from up to three images, side by side."
     from PIL import Image, ImageOps
     whole = Image.new("RGB", (EXAMPLES * (EXAMPLE + GAP) - GAP, EXAMPLE), "white")
-    for n, data in enumerate(images): whole.paste(ImageOps.fit(picture(data), (EXAMPLE, EXAMPLE)), (n * (EXAMPLE + GAP), 0))
+    for n, data in enumerate(images): whole.paste(ImageOps.fit(picture(data, EXAMPLE), (EXAMPLE, EXAMPLE)), (n * (EXAMPLE + GAP), 0))
     return _jpeg(whole)
 
 EMPTY = strip([])

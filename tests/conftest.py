@@ -1,6 +1,7 @@
 """Fixtures for all tests: a home of one's own, and a W&B server on the loopback interface."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job ignores it, and so would all that the tests start
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nbs_lib.backbone.preprocessing_of': ('backbone.html#preprocessing_of', 'nbs_lib/backbone.py')},
             'nbs_lib.card': { 'nbs_lib.card.left_out': ('card.html#left_out', 'nbs_lib/card.py'),
                               'nbs_lib.card.numbers': ('card.html#numbers', 'nbs_lib/card.py'),
+                              'nbs_lib.card.plain': ('card.html#plain', 'nbs_lib/card.py'),
                               'nbs_lib.card.plot_balance': ('card.html#plot_balance', 'nbs_lib/card.py'),
                               'nbs_lib.card.plot_pictures': ('card.html#plot_pictures', 'nbs_lib/card.py'),
                               'nbs_lib.card.plot_samples': ('card.html#plot_samples', 'nbs_lib/card.py')},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .archives import Item
-from .card import plot_pictures
+from .card import plain, plot_pictures
 from .dataset import Dataset, hash_split, write_version
 from .download import add_version
 from .duplicates import alike, limit_for, nearest, thumbnails
@@ -178,7 +178,7 @@ def plot_growth(table: pd.DataFrame, most: int = 24) -> Figure:
     names = rows["class"] if rows["target"].nunique() == 1 else rows["target"] + ": " + rows["class"]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
     stayed = rows[["before", "after"]].min(axis=1)
-    names = names.str.replace("$", r"\$", regex=False)              # no formula
+    names = names.map(plain)
     axes.barh(names, stayed, color="#b8bec8", label="before")
     axes.barh(names, rows["change"].clip(lower=0), left=stayed, color="#2f9e6e", label="more")
     axes.barh(names, (-rows["change"]).clip(lower=0), left=stayed, color="#d9534f", label="fewer")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .backbone import Preprocessing, create_backbone, preprocessing_of
+from .card import plain
 from .dataset import Dataset
 from .engine import Plan, choose
 from .features import embed

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from browsers import OUTSIDE, browser, chromium, jupyterlab, open_notebook, shoot
 from conftest import ROOT, SHARED
+from small_data import picture
 
 LOOPBOOK = Path(sys.executable).with_name("loopbook")
 FACES = os.environ.get("FACES", "240")
@@ -55,6 +56,18 @@ def test_the_embedded_recipe_needs_nothing_and_puts_a_model_into_production(firs
     assert sum(found[s]["images_embedded"] for s in ("train", "evaluate")) == int(FACES), "each image once"
     [model] = loopbook(home, "models")
     assert set(model["aliases"]) == {"latest", "candidate", "production"} and model["metadata"]["decision"] == "promote"
+
+
+def test_names_of_classes_are_shown_as_text(tmp_path):
+    home, kinds = tmp_path / "home", {"red": "<img src=x onerror=alert(1)>", "blue": "$x_$ & $^$"}
+    home.mkdir()
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for n in range(60):
+            for kind, name in kinds.items(): archive.writestr(f"{name}/{n}.jpg", picture(kind, n))
+    answer = loopbook(home, "loop", "--recipe", "cats_vs_dogs", "--source", tmp_path / "photos.zip")
+    assert answer["status"] == "completed" and summaries(answer)["evaluate"]["decision"] == "promote"
+    pages = [next(Path(step["folder"]).glob("*.html")).read_text() for step in answer["steps"]]
+    assert not any("<img src=x" in page for page in pages) and "&lt;img src=x onerror" in pages[-1]
 
 
 def test_nothing_changed_and_nothing_is_done(first):

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from .runs import Run
 from .settings import UserError, home, load_settings, nearest, repository, write_atomic
 
 # %% auto #0
-__all__ = ['GRACE', 'find_notebook', 'Stop', 'AtomicFiles', 'load_papermill', 'run_notebook']
+__all__ = ['GRACE', 'PRINTED', 'find_notebook', 'Stop', 'AtomicFiles', 'load_papermill', 'run_notebook']
 
 # %% ../notebooks/54_pipeline.ipynb #5ec43da9
 def find_notebook(name: str | Path) -> Path:
@@ -71,6 +72,8 @@ class Stop:
             for number, handler in before.items(): signal.signal(number, handler)
 
 # %% ../notebooks/54_pipeline.ipynb #98ab91b2
+PRINTED = 1_000_000    # characters of one cell
+
 class AtomicFiles:
     "papermill's reader and writer of absolute paths."
     def read(self, path): return Path(path).read_text(encoding="utf-8")
@@ -98,6 +101,15 @@ def load_papermill():
             super().start_new_kernel(**kw)
             self.stop.kernel = self.km.provisioner.pgid
 
+        def output(self, outs, msg, display_id, cell_index):
+            out, before = super().output(outs, msg, display_id, cell_index), self.printed[cell_index]
+            if out and out.output_type == "stream":
+                self.printed[cell_index] += len(out.text)
+                if self.printed[cell_index] > PRINTED:
+                    rest = out.text[:max(PRINTED - before, 0)] + "\n… and more: see log.txt\n"
+                    outs[-1:] = [new_output("stream", name=out.name, text=rest)] if before <= PRINTED else []
+            return out
+
     class Engine(engines.Engine):
         @classmethod
         def execute_managed_notebook(cls, book, kernel_name, *, stop, env, log, on_cell=None, cell_timeout=None, **_):
@@ -113,7 +125,7 @@ def load_papermill():
                 if on_cell: on_cell(code.index(cell_index) + 1, len(code))
             client = Client(book, kernel_name=kernel_name, kernel_manager_class=KernelManager, timeout=cell_timeout, startup_timeout=120, iopub_timeout=60,
                             stdout_file=log, stderr_file=log, store_widget_state=False, on_cell_start=starts)
-            client.stop = stop
+            client.stop, client.printed = stop, Counter()
             client.km = client.create_kernel_manager()
             client.km.transport_encryption = "auto"
             client.owns_km = True

@@ -205,6 +205,8 @@ def test_a_notebook_that_prints_200_megabytes(home):
     log = Path(run.folder) / "log.txt"
     assert log.stat().st_size > 200e6 and log.open("rb").seek(-14, 2) and log.read_bytes()[-14:] == b"the last word\n"
     assert psutil.Process().memory_info().rss < 400e6
+    page, book = (Path(run.folder) / f"loud.{kind}" for kind in ("html", "ipynb"))
+    assert max(p.stat().st_size for p in (page, book)) < 3e6 and "and more: see log.txt" in page.read_text() and "the last word" in page.read_text()
     shutil.rmtree(run.folder)
 
 

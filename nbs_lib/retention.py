@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from . import runs
+from . import runs, slots
 from .report import write_index
 from .runs import Run
 from .settings import Settings, load_settings
@@ -21,7 +21,8 @@ from .tracking import Tracker, Version, open_tracker
 from .writer import writer
 
 # %% auto #0
-__all__ = ['ASIDE', 'Lineage', 'lineage', 'Item', 'size', 'old_runs', 'old_versions', 'old_caches', 'Plan', 'plan', 'prune']
+__all__ = ['ASIDE', 'Lineage', 'lineage', 'Item', 'size', 'old_runs', 'old_versions', 'old_caches', 'old_slots', 'Plan', 'plan',
+           'prune']
 
 # %% ../notebooks/61_retention.ipynb #4bee1a8d
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def lineage(tracker: Tracker) -> Lineage:
 # %% ../notebooks/61_retention.ipynb #8cddff22
 @dataclass(frozen=True)
 class Item:
-    "Something that may go: a `run`'s outputs, a `version` in the tracker, our own `copy` of one, a `cache`, or the `rest` of what went before; `bytes`: the disk space that it gives back."
+    "Something that may go: a `run`'s outputs, a `version` in the tracker, our own `copy` of one, a `cache`, the schedule's old `slots`, or the `rest` of what went before; `bytes`: the disk space that it gives back."
     kind: str
     name: str
     bytes: int
@@ -93,6 +94,13 @@ def old_caches(settings: Settings, now: datetime) -> Iterator[Item]:
         used = max(max(s.st_atime, s.st_mtime) if not f.is_dir() else s.st_mtime for f in files for s in [f.lstat()])
         if used < border: yield Item("cache", str(path.relative_to(data)), size(path), path)
 
+# %% ../notebooks/61_retention.ipynb #f04051c2
+def old_slots(settings: Settings, now: datetime) -> Iterator[Item]:
+    "The slots that may go, as one item."
+    border = now - timedelta(days=settings.retention.keep_days)
+    if (settings.home / "outputs" / "schedule.sqlite").exists() and (count := slots.forget(border, dry_run=True)):
+        yield Item("slots", f"{count:,} before {slots.stamp(border)}", 0)
+
 # %% ../notebooks/61_retention.ipynb #851938c8
 ASIDE = ".pruned"
 
@@ -111,7 +119,7 @@ def plan(settings: Settings, tracker: Tracker, now: datetime | None = None) -> P
     versions = list(old_versions(settings, tracker, keep))
     copies = {v.ref: settings.home / "data" / "artifacts" / v.name / v.version for v in versions}
     items = [Item("rest", p.name, size(p), p) for top in ("outputs", "data") for p in sorted((settings.home / top / ASIDE).glob("*"))]
-    items += [*old_runs(settings, keep, now), *(Item("copy", ref, freed, path) for ref, path in copies.items() if path.exists() and (freed := size(path))), *old_caches(settings, now)]
+    items += [*old_runs(settings, keep, now), *(Item("copy", ref, freed, path) for ref, path in copies.items() if path.exists() and (freed := size(path))), *old_caches(settings, now), *old_slots(settings, now)]
     if tracker.deletes: items += [Item("version", v.ref, 0) for v in versions]
     elif versions:
         notes.append(f"{tracker.backend} cannot delete versions: {len(versions)} that nobody needs stay, of {sum(v.size for v in versions) / 1e6:.1f} MB before what they share with others")
@@ -137,10 +145,11 @@ def prune(dry_run: bool = False, wait: bool = False) -> Plan:
             try:
                 if item.kind == "run" and not (run := runs.get(item.name)).ended_at: runs.update(run.id, status=run.status, error=run.error)   # it was killed
                 if item.path: _delete(item.path, settings.home)
+                elif item.kind == "slots": slots.forget(datetime.fromisoformat(item.name.split()[-1]))
                 else: tracker.delete(item.name)
                 gone.append(item)
             except Exception as error: notes.append(f"{item.kind} {item.name} stays: {' '.join(str(error).split())}")
         for top in ("outputs", "data"):
             if (aside := settings.home / top / ASIDE).exists() and not any(aside.iterdir()): aside.rmdir()
-        if any(i.kind in ("run", "rest") for i in gone): write_index()
+        write_index()                                      # also after a prune that was killed before it came to this
     return Plan(gone, found.notes + notes)

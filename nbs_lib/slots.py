@@ -22,7 +22,7 @@ from .settings import Schedule, UserError, home, load_settings, nearest
 # %% auto #0
 __all__ = ['OPEN', 'COLUMNS', 'KEPT', 'SCHEMA', 'LATE', 'LEASE', 'Slot', 'State', 'stamp', 'sync', 'plan', 'add', 'due', 'claim',
            'renew', 'take', 'note', 'drop', 'give_back', 'finish', 'resume', 'remember', 'recall', 'expire', 'states',
-           'history', 'lock_of']
+           'history', 'forget', 'lock_of']
 
 # %% ../notebooks/57_slots.ipynb #69e79497
 OPEN = ("due", "starting", "running")
@@ -256,6 +256,13 @@ def history(limit: int = 50, **equal) -> list[Slot]:
     "The newest slots first, of those whose fields equal these values (`job='watch'`)."
     where = " and ".join(f"{c} = ?" for c in equal) or "1"
     with _database() as db: return _select(db, f"{where} order by slot desc, job limit ?", *equal.values(), limit)
+
+def forget(before: datetime, dry_run: bool = False) -> int:
+    "Delete the slots before a moment, save those that are open and the last one of each job, or only count them; returns how many."
+    old = f"slot < ? and status not in {OPEN} and slot < (select max(slot) from slots as later where later.job = slots.job)"
+    with _database() as db:
+        if dry_run: return db.execute(f"select count(*) from slots where {old}", (stamp(before),)).fetchone()[0]
+        return db.execute(f"delete from slots where {old}", (stamp(before),)).rowcount
 
 def lock_of(job: str):
     "The lock that a job's run holds as long as its process lives."

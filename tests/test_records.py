@@ -19,7 +19,8 @@ from browsers import browser, chromium
 from conftest import SHARED, WandbServer
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbs_lib import runs
+from nbs_lib import runs, slots
+from nbs_lib.jobs import Job
 from nbs_lib.report import NEWEST, write_index
 
 LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
@@ -201,6 +202,22 @@ def test_what_is_pruned(home, settings):
     assert len(runs.recent(1000)) == 27 and runs.get(train[15].id).status == "completed", "the rows stay"
     assert "no longer kept" in (home / "outputs" / "index.html").read_text()
     assert json.loads(loopbook("prune", "--json").stdout)["items"] == [] and not (home / "outputs" / ".pruned").exists()
+
+
+def test_old_slots_are_pruned_but_open_ones_and_the_last_of_each_job(home, settings):
+    now = datetime.now(UTC)
+    def done(job, days):
+        moment = now - timedelta(days=days)
+        slots.finish(slots.claim(slots.add(Job(name=job, notebook="a.ipynb", every="1d"), moment), moment).token, "completed")
+    for days in (30, 20, 12, 5): done("daily", days)
+    for days in (40, 30): done("retired", days)
+    open_one = slots.add(Job(name="waits", notebook="a.ipynb", every="1d"), now - timedelta(days=60))
+    for days in (50, 49): done("other", days)
+    [item] = json.loads(loopbook("prune", "--dry-run", "--json").stdout)["items"]
+    assert item["kind"] == "slots" and item["name"].startswith("5 before ") and len(slots.history(100)) == 9
+    loopbook("prune")
+    assert sorted(s.job for s in slots.history(100)) == ["daily", "other", "retired", "waits"] and open_one in slots.history(100)
+    assert not json.loads(loopbook("prune", "--dry-run", "--json").stdout)["items"]
 
 
 def test_what_runs_is_never_pruned(home, settings):

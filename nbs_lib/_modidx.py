@@ -287,6 +287,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nbs_lib.kernels.Provisioner': ('kernels.html#provisioner', 'nbs_lib/kernels.py'),
                                  'nbs_lib.kernels.Provisioner.launch_kernel': ( 'kernels.html#provisioner.launch_kernel',
                                                                                 'nbs_lib/kernels.py'),
+                                 'nbs_lib.kernels.Provisioner.send_signal': ('kernels.html#provisioner.send_signal', 'nbs_lib/kernels.py'),
                                  'nbs_lib.kernels._become_kernel': ('kernels.html#_become_kernel', 'nbs_lib/kernels.py'),
                                  'nbs_lib.kernels._die_with_parent': ('kernels.html#_die_with_parent', 'nbs_lib/kernels.py'),
                                  'nbs_lib.kernels._imports': ('kernels.html#_imports', 'nbs_lib/kernels.py'),

@@ -57,7 +57,7 @@ def _imports():
 
     from nbs_lib.imports import load_openvino, load_vision
     from nbs_lib.tracking import open_tracker
-    small = ("ipykernel.kernelapp", "ipywidgets", "matplotlib_inline.backend_inline", "pandas", "matplotlib.pyplot", "nbs_lib.download", "nbs_lib.card")
+    small = ("ipykernel.kernelapp", "ipywidgets", "pandas", "matplotlib.pyplot", "nbs_lib.download", "nbs_lib.card")
     large = ("scipy.optimize", "sklearn.metrics", "sklearn.linear_model", "sklearn.calibration", "nbs_lib.evaluate")
     yield from map(import_module, small)
     try: yield open_tracker()                              # imports the tracker that the settings ask for
@@ -152,6 +152,9 @@ class Provisioner(LocalProvisioner):
         if not kernel: return await super().launch_kernel(cmd, **kw)
         self.process, self.pid, self.pgid = kernel, kernel.pid, kernel.pid
         return self.connection_info
+
+    async def send_signal(self, signum):
+        if signum != signal.SIGINT or not self.parent.shutting_down: await super().send_signal(signum)   # who is asked to end needs no interrupt: it might be logged as an error
 
 # %% ../notebooks/53_kernels.ipynb #33b3b148
 def kill_processes(id: str, session: int | None = None) -> None:

@@ -300,6 +300,15 @@ def test_warm_kernel(home, make, tmp_path):
         assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and os.getsid(p.pid) == session], "a forked child of the kernel is left"
 
 
+def test_plots_of_a_warm_kernel(home, make):
+    from nbs_lib import kernels
+    def plots(): return (Path(run_notebook(make("import matplotlib.pyplot as plt; plt.plot([1, 2])")).folder) / "probe.ipynb").read_text().count('"image/png"')
+    with kernels.warm_kernels():
+        assert plots() == 1
+        while psutil.Process(kernels._nursery.process.pid).cpu_percent(0.5) > 5: pass
+        assert plots() == 1, "also after it has imported everything"
+
+
 def test_dead_nursery(home, make):
     from nbs_lib import kernels
     with kernels.warm_kernels():

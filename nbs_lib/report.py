@@ -40,7 +40,7 @@ details.code .highlight { background: #f9fafb; border: 1px solid var(--line); bo
 .output_stderr pre { color: #7a5d00 } .output_error pre { background: #fef3f2; border-left: 3px solid var(--bad); padding: .6rem .8rem; max-height: none }
 details.how { border: 1px solid var(--line); border-radius: .5rem; padding: .2rem 1rem; margin: 1rem 0 } details.how > summary { color: var(--quiet); cursor: pointer }
 table { border-collapse: collapse; border: 0; font-size: .85rem; margin: .5rem 0 } th, td { padding: .3rem .8rem; border: 0; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #98a2b3 }
+th:first-child, td:first-child, tbody th, thead tr + tr th { text-align: left } thead th { border-bottom: 2px solid #98a2b3 }
 #failed { border: 2px solid var(--bad); border-radius: .5rem; padding: .3rem .8rem; scroll-margin-top: 1rem }
 .ansi-red-fg, .ansi-red-intense-fg { color: var(--bad) } .ansi-green-fg, .ansi-green-intense-fg { color: var(--good) }
 .ansi-blue-fg, .ansi-blue-intense-fg, .ansi-cyan-fg { color: #175cd3 } .ansi-yellow-fg { color: #93370d } .ansi-bold { font-weight: bold }

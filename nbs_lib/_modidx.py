@@ -95,6 +95,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.engine._converted': ('engine.html#_converted', 'nbs_lib/engine.py'),
                                 'nbs_lib.engine._cpu_has_bf16': ('engine.html#_cpu_has_bf16', 'nbs_lib/engine.py'),
                                 'nbs_lib.engine._openvino': ('engine.html#_openvino', 'nbs_lib/engine.py'),
+                                'nbs_lib.engine._openvino_core': ('engine.html#_openvino_core', 'nbs_lib/engine.py'),
                                 'nbs_lib.engine._torch': ('engine.html#_torch', 'nbs_lib/engine.py'),
                                 'nbs_lib.engine.choose': ('engine.html#choose', 'nbs_lib/engine.py'),
                                 'nbs_lib.engine.fingerprint': ('engine.html#fingerprint', 'nbs_lib/engine.py')},

@@ -14,6 +14,7 @@ import threading
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +37,13 @@ class Plan:
     precision: str  # fp32 | bf16 | fp16
     def __str__(self): return f"{self.device}/{self.engine}/{self.precision}"
 
+@cache
+def _openvino_core():
+    # one, as long as the process lives: one that is freed by another thread leaves the main thread a signal stack that is no more
+    return load_openvino().Core()
+
 def _cpu_has_bf16(engine: str) -> bool:
-    if engine == "openvino":
-        openvino = load_openvino()
-        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if engine == "openvino": return "BF16" in _openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     import torch
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -114,8 +118,7 @@ def _converted(network, size) -> Path:
     return folder / "model.xml"
 
 def _openvino(network, size, plan, batch_size):
-    openvino = load_openvino()
-    core = openvino.Core()
+    core = _openvino_core()
     graph = core.read_model(_converted(network, size))
     graph.reshape([batch_size, 3, size, size])
     compiled = core.compile_model(graph, "CPU", {

@@ -1,6 +1,7 @@
 """Backbones, engines, feature cache and model bundles with things that go wrong."""
 import json
 import pickle
+import subprocess
 import sys
 import threading
 from functools import partial
@@ -181,3 +182,27 @@ def test_heads_share_the_features_of_their_backbone(bundle, home):
     tables, again = predict_dataset(model, data, ids)
     assert (computed, again) == (10, 0) and tables["size"].shape == (10, 2)
     assert predict_dataset(model, data, [])[0]["size"].shape == (0, 2)
+
+
+FREED = """
+import gc, signal, subprocess, threading
+import torch
+from nbs_lib.backbone import create_backbone, preprocessing_of
+from nbs_lib.engine import Engine, choose
+from nbs_lib.model import Body
+told = []
+signal.signal(signal.SIGCHLD, lambda *_: told.append("handled"))
+backbone = create_backbone("tf_efficientnet_lite0", pretrained=False)
+size = preprocessing_of(backbone).size
+engines = [Engine(Body(backbone, preprocessing_of(backbone)), size, choose(), 1)]
+engines[0](torch.zeros(1, 3, size, size, dtype=torch.uint8).numpy())
+thread = threading.Thread(target=lambda: (engines.clear(), gc.collect()))
+thread.start(), thread.join()
+subprocess.run(["true"])
+assert told == ["handled"]
+"""
+
+
+def test_signals_are_handled_after_another_thread_has_freed_an_engine(home):
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-1000:])

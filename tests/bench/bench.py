@@ -146,16 +146,21 @@ def bench_embed() -> None:
         record(f"embedding, {name}, times faster", ours / theirs, "x", ">= 6")
 
 
+def in_production() -> Path:
+    "The folder of a production model of cats and dogs, which a loop has made."
+    from nbs_lib.settings import load_settings
+    from nbs_lib.tracking import open_tracker
+    tracker = open_tracker(load_settings())
+    if tracker.resolve("cats_vs_dogs-model:production") is None: loop(DATA / "cats_dogs.zip")
+    return tracker.download("cats_vs_dogs-model:production")
+
+
 def bench_predict() -> None:
     import numpy as np
 
     from nbs_lib.archives import read_items
     from nbs_lib.model import load_model
-    from nbs_lib.settings import load_settings
-    from nbs_lib.tracking import open_tracker
-    tracker = open_tracker(load_settings())
-    if tracker.resolve("cats_vs_dogs-model:production") is None: loop(DATA / "cats_dogs.zip")
-    model = load_model(tracker.download("cats_vs_dogs-model:production"))
+    model = load_model(in_production())
     files = [item.data for item, _ in zip(read_items(DATA / "cats_dogs.zip"), range(600), strict=False)]
     for data in files[:50]: model.predict_one(data)
     times = []
@@ -212,7 +217,7 @@ def bench_labelling() -> None:
     from bench_labelling import labelling
     with zipfile.ZipFile(DATA / "birds.zip") as archive:       # any photos will do
         photos = [(Path(n).name, archive.read(n)) for n in archive.namelist() if n.endswith(".jpg")][:200]
-    if not (HOME / "data" / "tracking").exists(): loop(DATA / "cats_dogs.zip")
+    in_production()
     for name, value in labelling(HOME, "cats_vs_dogs", photos).items(): record(f"labelling page, {name.replace('_', ' ')}", value, "", {"p95_ms": "< 100", "labels_a_minute": ">= 60"}.get(name, ""))
 
 

@@ -117,10 +117,10 @@ def warm_up() -> None:
 # %% ../notebooks/52_report.ipynb #e2d956ca
 INDEX = """
 main { max-width: 110rem; padding: 1.5rem 2rem 4rem; overflow-x: auto } header p { margin: .3rem 0 } header h1 { margin-bottom: .3rem; color: #1d2433 }
-table { width: 100%; line-height: 1.4 } th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; white-space: nowrap } thead th { color: var(--quiet); font-weight: 500 }
+table { width: 100%; line-height: 1.4 } th, td { text-align: left; vertical-align: top; padding: .35rem .7rem .35rem 0; white-space: nowrap } thead th { color: var(--quiet); font-weight: 500 }
 tbody { border-bottom: 1px solid #98a2b3 } tr.loop th { background: #f9fafb; font-weight: 400; color: var(--quiet) } tr.loop b { color: #1d2433 } tr:target { background: #eff8ff }
 td small { display: block } td small, td code, th code { font-size: .75rem } td small, th code { color: var(--quiet) }
-td.result { white-space: normal; min-width: 16rem; overflow-wrap: anywhere } td.links { text-align: right } td.links a { margin-left: .6rem } .error { color: var(--bad) }
+td.result { white-space: normal; min-width: 12rem; overflow-wrap: anywhere } td a { margin-left: .5rem; font-size: .75rem } .error { color: var(--bad) }
 .status { color: #fff; background: var(--quiet); border-radius: 1rem; padding: .05rem .6rem; font-size: .75rem; font-weight: 600 }
 .status.completed { background: var(--good) } .status.failed, .status.cancelled { background: var(--bad) } .status.running { background: #175cd3 }
 @media (max-width: 75rem) { tr > :nth-child(5), tr > :nth-child(6), tr > :nth-child(7), td:nth-child(2) small { display: none } td.result { min-width: 10rem } }
@@ -144,18 +144,18 @@ def _links(run: Run) -> str:
     files = {"page": f"{step}.html", "notebook": f"{step}.ipynb", "log": "log.txt"}
     at = {"page": "#failed"} if run.status == "failed" else {}
     found = [f'<a href="{_e(quote(f"{name}/{file}"))}{at.get(kind, "")}">{kind}</a>' for kind, file in files.items() if os.path.exists(f"{run.folder}/{file}")]
-    return "".join(found) or ("" if os.path.exists(run.folder) else "<small>no longer kept</small>")
+    return "".join(found) or ("" if os.path.exists(run.folder) else "<small>outputs no longer kept</small>")
 
 def _row(run: Run) -> str:
     def listed(refs): return "<br>".join(f"<code>{_e(r)}</code>" for r in refs)
     who, _, slot = run.trigger.partition("@")
-    cells = [f'<td><span class="status {_e(run.status)}">{_e(run.status)}</span>', f"<td>{_e(run.step)}<small>{_e(run.id)}</small>",
+    cells = [f'<td><span class="status {_e(run.status)}">{_e(run.status)}</span>', f"<td>{_e(run.step)}{_links(run)}<small>{_e(run.id)}</small>",
              f"<td>{_e(run.started_at[:19].replace('T', ' '))}", f"<td>{_took(run.seconds)}", f"<td>{_e(who)}<small>{_e(slot)}</small>",
-             f"<td>{listed(run.inputs)}", f"<td>{listed(run.outputs)}", f'<td class="result">{_result(run)}', f'<td class="links">{_links(run)}']
+             f"<td>{listed(run.inputs)}", f"<td>{listed(run.outputs)}", f'<td class="result">{_result(run)}']
     return f'<tr id="{_e(run.id)}">' + "".join(c + "</td>" for c in cells) + "</tr>"
 
 # %% ../notebooks/52_report.ipynb #885d17a4
-HEADINGS = ("", "notebook", "began (UTC)", "took", "started by", "in", "out", "what came of it", "")
+HEADINGS = ("", "notebook", "began (UTC)", "took", "started by", "in", "out", "what came of it")
 
 def _loops(found: Iterable[Run]) -> str:
     "The table's bodies: one for each loop, with a line above, and one for each run that belongs to none."

@@ -37,11 +37,12 @@ def left_out(dataset: Dataset):
     rows += [(file, f"the same image as {other}") for file, other in report["duplicate_files"]]
     return pd.DataFrame(rows + [(folder, "empty class folder") for folder in report["empty_folders"]], columns=["file", "why"])
 
-# %% ../notebooks/29_card.ipynb #32f348c7
+# %% ../notebooks/29_card.ipynb #0d6f52d8
 def plain(text: str) -> str:
-    "The text as matplotlib is to show it: a `$` in a class's name begins no formula."
+    "The text as matplotlib is to show it, without formulas."
     return text.replace("$", r"\$")
 
+# %% ../notebooks/29_card.ipynb #32f348c7
 def plot_balance(dataset: Dataset, most: int = 24):
     "Images of each class and split, a panel for each target; returns the figure."
     import matplotlib.pyplot as plt

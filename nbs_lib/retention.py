@@ -145,7 +145,7 @@ def prune(dry_run: bool = False, wait: bool = False) -> Plan:
             try:
                 if item.kind == "run" and not (run := runs.get(item.name)).ended_at: runs.update(run.id, status=run.status, error=run.error)   # it was killed
                 if item.path: _delete(item.path, settings.home)
-                elif item.kind == "slots": slots.forget(datetime.fromisoformat(item.name.split()[-1]))
+                elif item.kind == "slots": slots.forget(datetime.now(UTC) - timedelta(days=settings.retention.keep_days))
                 else: tracker.delete(item.name)
                 gone.append(item)
             except Exception as error: notes.append(f"{item.kind} {item.name} stays: {' '.join(str(error).split())}")

@@ -46,10 +46,10 @@ test-airflow: install
 	.airflow/bin/python -m pytest tests/airflow/check_dag.py
 
 lab: install
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb
 
 notebooks: install
-	$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $$(find notebooks -name "*.ipynb" -not -path "*/.*")
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 

@@ -11,10 +11,10 @@ import pytest
 import time_machine
 from nbformat.v4 import new_code_cell, new_notebook
 
-from nbs_lib import slots
-from nbs_lib.schedule import Daemon
+from nbs_lib.schedule import slots
+from nbs_lib.schedule.daemon import Daemon
 
-CLI = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
+CLI = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
 START = datetime(2026, 11, 21, 10, 2, tzinfo=UTC)
 
 

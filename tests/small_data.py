@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nbs_lib.archives import Item
-from nbs_lib.dataset import Dataset, write_version
+from nbs_lib.data.dataset import Dataset
+from nbs_lib.data.items import Item
+from nbs_lib.data.write import write_version
 
 
 def picture(kind: str, seed: int, size: int = 48) -> bytes:

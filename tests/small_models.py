@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbs_lib.backbone import create_backbone, preprocessing_of
-from nbs_lib.gate import promote
-from nbs_lib.model import Network, load_model, save_model
-from nbs_lib.settings import load_settings
-from nbs_lib.tracking import open_tracker
+from nbs_lib.core.settings import load_settings
+from nbs_lib.models.backbone import create_backbone, preprocessing_of
+from nbs_lib.models.classifier import Network, load_model, save_model
+from nbs_lib.tracking.promotion import promote
+from nbs_lib.tracking.tracker import open_tracker
 
 NAME = "faces-model"
 

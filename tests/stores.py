@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nbs_lib.feedback_store import Store
-from nbs_lib.settings import load_settings
+from nbs_lib.core.settings import load_settings
+from nbs_lib.feedback.store import Store
 
 
 def png(n: int, size: int = 8) -> bytes:

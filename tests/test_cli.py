@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
+LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
 
 
 def loopbook(*words, **env):
@@ -35,7 +35,7 @@ def test_run(home, notebook):
 
 def test_a_step_waits_for_who_is_writing_and_another_notebook_does_not(home, notebook):
     step = notebook.rename(notebook.with_name("31_train.ipynb"))
-    held = "import sys; from nbs_lib.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
+    held = "import sys; from nbs_lib.runs.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         holder.stdout.readline()
         assert loopbook("run", step.rename(notebook)).returncode == 0
@@ -93,7 +93,7 @@ def test_a_home_that_cannot_be_written_is_told_in_one_line(home, notebook, tmp_p
 
 
 def test_json_has_no_value_that_only_python_reads(capsys):
-    from nbs_lib.terminal import print_json
+    from nbs_lib.cli.terminal import print_json
     print_json({"loss": float("nan"), "more": [float("inf"), 0.5], "path": Path("a")})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "more": [None, 0.5], "path": "a"}
 
@@ -104,9 +104,9 @@ def test_empty_lists(home):
 
 
 def test_help_is_light(home):
-    code = "import sys; sys.argv = ['loopbook', '--help']\nfrom nbs_lib.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = "import sys; sys.argv = ['loopbook', '--help']\nfrom nbs_lib.cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split()
-    assert len(loaded) > 100 and not {"torch", "pandas", "numpy", "papermill", "wandb", "trackio", "matplotlib", "nbs_lib.tracking"} & set(loaded)
+    assert len(loaded) > 100 and not {"torch", "pandas", "numpy", "papermill", "wandb", "trackio", "matplotlib", "nbs_lib.tracking.tracker"} & set(loaded)
     for command in ("run", "loop", "runs", "datasets", "models", "promote", "rollback", "predict", "dashboard"):
         done = loopbook(command, "--help", COLUMNS="200")
         assert done.returncode == 0 and f"loopbook {command}" in done.stdout and "Example" in done.stdout
@@ -114,10 +114,10 @@ def test_help_is_light(home):
 
 MAKE = """
 import pathlib, tempfile, torch
-from nbs_lib.backbone import create_backbone, preprocessing_of
-from nbs_lib.gate import promote
-from nbs_lib.model import Network, save_model
-from nbs_lib.tracking import open_tracker
+from nbs_lib.models.backbone import create_backbone, preprocessing_of
+from nbs_lib.tracking.promotion import promote
+from nbs_lib.models.classifier import Network, save_model
+from nbs_lib.tracking.tracker import open_tracker
 tracker, card = open_tracker(), {"backbone": "resnet10t", "mode": "finetune", "temperature": {"label": 1.0, "beard": 1.0}}
 with tracker.start("train", "train") as run:
     for seed in (0, 1):

@@ -33,8 +33,8 @@ def loop() -> dict:
 
 
 def newest():
-    from nbs_lib.download import newest
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.data.versions import newest
+    from nbs_lib.tracking.tracker import open_tracker
     return newest(open_tracker(), "pets")
 
 
@@ -68,8 +68,8 @@ def mirrored(photo: bytes) -> bytes:
 
 @pytest.mark.timeout(900)
 def test_the_loop_closes(pets):
-    from nbs_lib.feedback_store import Store
-    from nbs_lib.predictor import Predictor
+    from nbs_lib.feedback.store import Store
+    from nbs_lib.serving.predictor import Predictor
 
     # a poor model is put into production, by hand where the gate would not have it
     first = loop()

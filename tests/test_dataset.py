@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nbs_lib import dataset as module
-from nbs_lib.archives import Item, read_items
-from nbs_lib.dataset import SPLITS, Dataset, hash_split, write_version
-from nbs_lib.images import image_id
-from nbs_lib.settings import Data, UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import Data
+from nbs_lib.data import dataset as module
+from nbs_lib.data.dataset import SPLITS, Dataset
+from nbs_lib.data.images import image_id
+from nbs_lib.data.items import Item, read_items
+from nbs_lib.data.write import hash_split, write_version
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

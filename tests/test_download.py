@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nbs_lib.settings import UserError, load_settings, use_recipe
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings, use_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
 SCRIPT = """
 import sys
-from nbs_lib.download import update_dataset
-from nbs_lib.settings import UserError, load_settings, use_recipe
-from nbs_lib.tracking import open_tracker
+from nbs_lib.steps.download import update_dataset
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings, use_recipe
+from nbs_lib.tracking.tracker import open_tracker
 import json
 settings = load_settings()
 tracker = open_tracker(settings)

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from nbs_lib.evaluate import align, calibration_error, confident_mistakes, measure
-from nbs_lib.gate import decide, paired_bootstrap
-from nbs_lib.settings import Gate
+from nbs_lib.core.settings import Gate
+from nbs_lib.evaluation.gate import decide, paired_bootstrap
+from nbs_lib.evaluation.measure import align, calibration_error, confident_mistakes, measure
 
 RNG = np.random.default_rng(0)
 Y = RNG.integers(0, 3, 400)

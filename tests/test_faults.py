@@ -21,10 +21,11 @@ import pytest
 from filelock import FileLock
 from schedules import CLI, define, left, until, write
 
-from nbs_lib import runs, slots
-from nbs_lib.runner import recover
-from nbs_lib.schedule import Daemon, run_now
-from nbs_lib.writer import busy
+from nbs_lib.runs import records
+from nbs_lib.runs.writer import busy
+from nbs_lib.schedule import slots
+from nbs_lib.schedule.attempts import recover
+from nbs_lib.schedule.daemon import Daemon, run_now
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 FAULTS = int(os.environ.get("FAULTS", 8))
@@ -90,7 +91,7 @@ def assert_all_is_well(home: Path) -> None:
     for lock in [*(home / "outputs" / ".schedule").glob("*.lock"), *home.glob("outputs/*/.lock"), home / "outputs" / "loop.lock"]:
         if lock.exists(): FileLock(lock).acquire(timeout=0).lock.release()
     for file in home.glob("outputs/*/*.ipynb"): nbformat.validate(nbformat.read(file, 4))
-    assert {r.status for r in runs._execute("select * from runs")} <= {"completed", "failed", "cancelled"}
+    assert {r.status for r in records._execute("select * from runs")} <= {"completed", "failed", "cancelled"}
 
 
 def test_slots_are_neither_lost_nor_doubled(home):
@@ -114,8 +115,8 @@ def test_slots_are_neither_lost_nor_doubled(home):
     assert {s.status for s in rows} <= {"completed", "failed", "missed"} and any(s.attempt > 1 for s in rows)
     journal = [line.split() for line in (home / "journal.txt").read_text().splitlines()]
     assert max(Counter(token for what, token, _ in journal if what == "begin").values()) == 1, "an attempt was begun twice"
-    records = {r.id: r for r in runs.recent(100_000)}
-    ended = Counter(records[run].trigger for what, _, run in journal if what == "end" and records[run].status == "completed")
+    found = {r.id: r for r in records.recent(100_000)}
+    ended = Counter(found[run].trigger for what, _, run in journal if what == "end" and found[run].status == "completed")
     assert ended == Counter(s.trigger for s in rows if s.status == "completed"), "a slot is completed by one run, and one run only"
     for name, seconds in every.items():
         mine = sorted((s for s in rows if s.job == name), key=lambda s: s.slot)
@@ -126,7 +127,7 @@ def test_slots_are_neither_lost_nor_doubled(home):
 FACES = {"LOOPBOOK_RECIPE_FACES__IMAGES": "60", "LOOPBOOK_GATE__MIN_ACCURACY": "0.2", "LOOPBOOK_TRACKING__BACKEND": "trackio"}
 WHOLE = """
 import hashlib, json
-from nbs_lib.tracking import open_tracker
+from nbs_lib.tracking.tracker import open_tracker
 tracker, found = open_tracker(), {}
 for kind in ("dataset", "model"):
     for name in tracker.artifacts(kind):
@@ -200,7 +201,7 @@ def test_a_notebook_that_prints_200_megabytes(home):
     daemon, before = Daemon(), psutil.Process().memory_info().rss
     run_now("loud", daemon.folder).wait(300)
     daemon.reap()
-    [run] = runs.recent()
+    [run] = records.recent()
     assert run.status == "completed" and slots.history()[0].status == "completed"
     log = Path(run.folder) / "log.txt"
     assert log.stat().st_size > 200e6 and log.open("rb").seek(-14, 2) and log.read_bytes()[-14:] == b"the last word\n"
@@ -216,7 +217,8 @@ from pathlib import Path
 sys.path.insert(0, os.environ["TESTS"])
 from schedules import CLI, define, until, write
 home = Path(os.environ["LOOPBOOK_HOME"])
-from nbs_lib import runs, slots
+from nbs_lib.runs import records
+from nbs_lib.schedule import slots
 write(home, "hello", "print('hello')")
 (home / "settings.ini").write_text("[schedule]\\nmax_failures = 1000\\n")
 define(home, "greet", every="2s", retries=2, backoff="0s")

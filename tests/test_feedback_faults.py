@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from stores import fill, limit, png, store  # noqa: F401  a fixture
 
-from nbs_lib import feedback_store
-from nbs_lib.feedback_store import Store
-from nbs_lib.settings import UserError, load_settings
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings
+from nbs_lib.feedback import store as store_module
+from nbs_lib.feedback.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,7 @@ def test_threads_share_a_store(store):
 
 LABELLER = """
 import sys
-from nbs_lib.feedback_store import Store
+from nbs_lib.feedback.store import Store
 store, user = Store("faces"), sys.argv[1]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -65,8 +66,8 @@ def test_processes_share_a_store_and_one_is_killed(store):
 
 KILLED = """
 import os, signal, sys
-from nbs_lib import feedback_store
-from nbs_lib.feedback_store import Sent, Store
+from nbs_lib.feedback import store as store_module
+from nbs_lib.feedback.store import Sent, Store
 from tests.stores import png, said
 
 pictures = [png(n) for n in range(4)]
@@ -199,6 +200,6 @@ def test_a_failing_commit_takes_its_images_along(store, monkeypatch):
     "What was moved in before the transaction failed is gone, and an image that was there before is not."
     [id] = fill(store, 1)
     def fail(folder): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(feedback_store, "_sync", fail)
+    monkeypatch.setattr(store_module, "_sync", fail)
     with pytest.raises(UserError, match="disk is full"): store.add(png(7), "a.png", "ann")
     assert [p.name for p in (store.folder / "images").rglob("*") if p.is_file()] == [id] and store.stats()["images"] == 1

@@ -11,14 +11,15 @@ import pandas as pd
 import pytest
 from stores import limit, png, said
 
-from nbs_lib import feedback_import
-from nbs_lib.feedback_import import export, parse_labels
-from nbs_lib.feedback_store import Store
-from nbs_lib.settings import UserError, load_settings
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings
+from nbs_lib.feedback import exchange
+from nbs_lib.feedback.exchange import export, parse_labels
+from nbs_lib.feedback.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 INCOMING = ROOT.parent / "shared" / "data" / "cats_dogs_incoming.zip"
-LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
+LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
 
 
 NONE = {"label": []}                                                                # what is known before there is a dataset
@@ -29,10 +30,10 @@ COLOURS = {"colour": ["blue", "red"]}
 def store(home): return Store("faces", load_settings(home))
 
 
-def import_folder(store, path, user, table=None, classes=NONE): return feedback_import.import_folder(store, path, user, classes, table)
+def import_folder(store, path, user, table=None, classes=NONE): return exchange.import_folder(store, path, user, classes, table)
 
 
-def add_files(store, paths, user, labels=(), classes=NONE): return feedback_import.add_files(store, paths, user, classes, labels)
+def add_files(store, paths, user, labels=(), classes=NONE): return exchange.add_files(store, paths, user, classes, labels)
 
 
 def make(path: Path, files: dict[str, bytes | str], pack: bool = False) -> Path:
@@ -207,7 +208,7 @@ def test_a_full_disk_lets_nothing_in(store, tmp_path):
 @pytest.mark.faults
 def test_a_killed_import_lets_nothing_in(store, tmp_path):
     path = make(tmp_path / "source", {f"cat/{n}.png": png(n) for n in range(300)})
-    code = "import sys; from nbs_lib.feedback_import import *; from nbs_lib.feedback_store import Store; s = Store('faces'); print(1, flush=True); import_folder(s, sys.argv[1], 'ann', {'label': []})"
+    code = "import sys; from nbs_lib.feedback.exchange import *; from nbs_lib.feedback.store import Store; s = Store('faces'); print(1, flush=True); import_folder(s, sys.argv[1], 'ann', {'label': []})"
     process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
     process.stdout.readline()
     while process.poll() is None and len(list(store.folder.glob(".staging-*/*"))) < 20: time.sleep(0.001)
@@ -260,7 +261,7 @@ def loopbook(*words): return subprocess.run([*LOOPBOOK, "feedback", *map(str, wo
 DATASET = """
 import sys
 from tests.small_data import small_dataset
-from nbs_lib.tracking import open_tracker
+from nbs_lib.tracking.tracker import open_tracker
 with open_tracker().start("fetch", "download") as run: run.log_artifact("faces-dataset", "dataset", small_dataset(sys.argv[1], 8).folder, {"rows": 8})
 """
 

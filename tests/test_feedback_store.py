@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from stores import fill, png, said, store  # noqa: F401  a fixture
 
-from nbs_lib import feedback_store
-from nbs_lib.answers import check_label, check_user, verdict_of
-from nbs_lib.feedback_store import Store
-from nbs_lib.images import BadImage
-from nbs_lib.settings import UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.data.images import BadImage
+from nbs_lib.feedback import store as store_module
+from nbs_lib.feedback.answers import check_label, check_user, verdict_of
+from nbs_lib.feedback.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def clock(monkeypatch):
     "The store's time, which stands still until it is set."
     now = SimpleNamespace(now=1_800_000_000.0)
-    monkeypatch.setattr(feedback_store, "time", SimpleNamespace(time=lambda: now.now))
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now.now))
     return now
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nbs_lib.images import BadImage, check_image, decode_rgb, image_id, picture
+from nbs_lib.data.images import BadImage, check_image, decode_rgb, image_id, picture
 
 
 def encode(image: Image.Image, format: str = "JPEG", **options) -> bytes:

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
-from nbs_lib.jobs import Job, count_slots, last_slot, next_slot, read_job
-from nbs_lib.settings import UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.schedule.jobs import Job, count_slots, last_slot, next_slot, read_job
 
 
 @pytest.fixture

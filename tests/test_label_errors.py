@@ -13,13 +13,14 @@ import pytest
 from conftest import ROOT, SHARED
 from small_data import picture
 
-from nbs_lib.archives import Item
-from nbs_lib.dataset import write_version
-from nbs_lib.feedback_store import Store
-from nbs_lib.images import image_id
-from nbs_lib.label_errors import queue_suspects, suspects_of
-from nbs_lib.merge import compare, write_merged
-from nbs_lib.settings import UserError, load_settings
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings
+from nbs_lib.data.images import image_id
+from nbs_lib.data.items import Item
+from nbs_lib.data.write import write_version
+from nbs_lib.feedback.label_errors import queue_suspects, suspects_of
+from nbs_lib.feedback.merge import compare, write_merged
+from nbs_lib.feedback.store import Store
 
 INCOMING = SHARED / "data" / "cats_dogs_incoming.zip"
 
@@ -76,10 +77,10 @@ def test_who_has_had_the_second_look_is_not_asked_again(home):
 
 @pytest.mark.skipif(not INCOMING.exists(), reason=f"no photos: {INCOMING} is missing")
 def test_wrong_labels_of_real_photos_are_found_and_corrected(home):
-    from nbs_lib.backbone import create_backbone, preprocessing_of
-    from nbs_lib.engine import choose
-    from nbs_lib.features import embed
-    from nbs_lib.model import Body
+    from nbs_lib.models.backbone import create_backbone, preprocessing_of
+    from nbs_lib.models.classifier import Body
+    from nbs_lib.models.engine import choose
+    from nbs_lib.models.features import embed
     with zipfile.ZipFile(INCOMING) as source:
         truth = {row["file_name"]: row["label"] for row in csv.DictReader(io.StringIO(source.read("labels.csv").decode()))}
         photos = {name: source.read(name) for name in truth}

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from small_data import picture, small_dataset
 
-from nbs_lib.keyboard import Keyboard
-from nbs_lib.labeller import Labeller
-from nbs_lib.settings import UserError, load_settings
-from nbs_lib.tracking import open_tracker
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings
+from nbs_lib.labelling.browser import Keyboard
+from nbs_lib.labelling.labeller import Labeller
+from nbs_lib.tracking.tracker import open_tracker
 
 BIN = Path(sys.executable).parent
 
@@ -160,7 +161,7 @@ def test_a_photo_that_is_gone_is_told_and_passed_over(pets):
 
 def test_people_answer_without_a_model_that_fails(pets, monkeypatch):
     def fails(*_): raise UserError("model.json is damaged")
-    monkeypatch.setattr("nbs_lib.questions.Production.predict", fails)
+    monkeypatch.setattr("nbs_lib.labelling.questions.Production.predict", fails)
     ann = labeller((1, None), (2, said()))
     assert "has no prediction: model.json is damaged" in ann.status.value and ann.status.bad
     for _ in range(2): ann._press("1")
@@ -169,9 +170,9 @@ def test_people_answer_without_a_model_that_fails(pets, monkeypatch):
 
 def test_several_targets_side_by_side(pets, monkeypatch):
     size = {"size": {"big": 0.7, "small": 0.3}}
-    from nbs_lib.dataset import Dataset
+    from nbs_lib.data.dataset import Dataset
     monkeypatch.setattr(Dataset, "targets", property(lambda _: {"colour": ["blue", "red"], "size": ["big", "small"]}))
-    monkeypatch.setattr("nbs_lib.questions._Examples.of", lambda *_: {})
+    monkeypatch.setattr("nbs_lib.labelling.questions._Examples.of", lambda *_: {})
     ann = labeller(*((n, said(**size)) for n in range(4)))
     assert [t.name for t in ann.targets] == ["colour", "size"] and ann.right.description.startswith("Right")
     ann._press("Enter")
@@ -192,9 +193,9 @@ def test_several_targets_side_by_side(pets, monkeypatch):
 
 def test_many_classes_are_found_by_typing(pets, monkeypatch):
     birds = [f"Finch {n}" for n in range(500)] + ["Barn Owl", "Owl"]
-    from nbs_lib.dataset import Dataset
+    from nbs_lib.data.dataset import Dataset
     monkeypatch.setattr(Dataset, "targets", property(lambda _: {"colour": birds}))
-    monkeypatch.setattr("nbs_lib.questions._Examples.of", lambda *_: {})
+    monkeypatch.setattr("nbs_lib.labelling.questions._Examples.of", lambda *_: {})
     owl = {"model": "colours-model:v0", "targets": {"colour": {"Finch 7": 0.6, "Barn Owl": 0.4}}}
     ann = labeller(*((n, owl) for n in range(3)))
     assert ann.targets[0].shown[:3] == ["Finch 7", "Barn Owl", "Finch 0"] and ann.filter.layout.display is None

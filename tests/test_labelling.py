@@ -21,8 +21,8 @@ from conftest import ROOT
 from PIL import Image
 from small_data import picture
 
-from nbs_lib.feedback_store import Store
-from nbs_lib.settings import load_settings
+from nbs_lib.core.settings import load_settings
+from nbs_lib.feedback.store import Store
 
 BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")]
@@ -31,10 +31,10 @@ import sys, tempfile, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from small_data import small_dataset
-from nbs_lib.backbone import create_backbone, preprocessing_of
-from nbs_lib.gate import promote
-from nbs_lib.model import Network, save_model
-from nbs_lib.tracking import open_tracker
+from nbs_lib.models.backbone import create_backbone, preprocessing_of
+from nbs_lib.tracking.promotion import promote
+from nbs_lib.models.classifier import Network, save_model
+from nbs_lib.tracking.tracker import open_tracker
 torch.manual_seed(1)
 tracker, folder = open_tracker(), Path(tempfile.mkdtemp())
 with tracker.start("model", "train") as run:
@@ -256,7 +256,7 @@ def test_the_page_behind_its_token(serve, store, chromium):
 
 def test_an_idle_kernel_ends_and_the_page_says_so(serve, store, chromium):
     fill(store, 5)
-    server = serve("import json; from nbs_lib.label_server import serve\n"
+    server = serve("import json; from nbs_lib.web.label_page import serve\n"
                    "serve('127.0.0.1', 0, 'a-token', lambda address: print(json.dumps({'address': address}), flush=True), idle=5)")
     page = server.page(chromium).ready()
     page.key("1")

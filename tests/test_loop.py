@@ -10,23 +10,24 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from nbs_lib import loop as loops
-from nbs_lib import runs
-from nbs_lib.gate import promote
-from nbs_lib.loop import Step, done_before, run_loop
-from nbs_lib.settings import UserError
-from nbs_lib.tracking import open_tracker
+from nbs_lib.core.errors import UserError
+from nbs_lib.loop import loop as loops
+from nbs_lib.loop.changes import Step, done_before
+from nbs_lib.loop.loop import run_loop
+from nbs_lib.runs import records
+from nbs_lib.tracking.promotion import promote
+from nbs_lib.tracking.tracker import open_tracker
 
 FETCH = """
 import os, pathlib, tempfile
-from nbs_lib.tracking import open_tracker
+from nbs_lib.tracking.tracker import open_tracker
 folder = pathlib.Path(tempfile.mkdtemp())
 (folder / "rows.txt").write_text(pathlib.Path(os.environ["LOOPBOOK_HOME"], "rows.txt").read_text())
 with open_tracker().start("fetch", "download") as run: run.log_artifact(f"{recipe}-dataset", "dataset", folder, {"rows": 3})
 """
 FIT = """
 import os, pathlib, tempfile
-from nbs_lib.tracking import open_tracker
+from nbs_lib.tracking.tracker import open_tracker
 folder = pathlib.Path(tempfile.mkdtemp())
 with open_tracker().start("fit", "train") as run:
     data = run.use(f"{recipe}-dataset:latest")
@@ -71,11 +72,11 @@ def test_skips_what_has_not_changed(steps, home, monkeypatch):
     first = run_loop(on_step=lambda name, run: seen.append((name, run and run.status)))
     assert statuses(first) == ["completed"] * 3 and first.status == "completed", [r.error for r in first.steps]
     assert seen == [(n, s) for n in ("fetch", "fit", "judge") for s in (None, "completed")]
-    assert {r.group for r in first.steps} == {first.group} == {r.group for r in runs.recent()} and first.recipe == "faces"
+    assert {r.group for r in first.steps} == {first.group} == {r.group for r in records.recent()} and first.recipe == "faces"
     assert first.steps[1].inputs == first.steps[0].outputs != []
 
     again = run_loop()
-    assert statuses(again) == ["skipped"] * 3 and len(runs.recent()) == 3
+    assert statuses(again) == ["skipped"] * 3 and len(records.recent()) == 3
     assert again.steps[2].summary == first.steps[2].summary
 
     promote(open_tracker(), "faces-model", "candidate")             # by hand: the loop does not mind, and so does not undo it
@@ -86,7 +87,7 @@ def test_skips_what_has_not_changed(steps, home, monkeypatch):
     assert statuses(run_loop()) == ["skipped", "completed", "skipped"]
     steps("31_fit.ipynb", FIT, "recipe: str = ''\nrate: float = 2.0")
     assert statuses(run_loop()) == ["skipped", "completed", "completed"]
-    assert done_before(loops.STEPS[0].notebook, {"recipe": "birds"}, runs.last_success(loops.STEPS[0].notebook).fingerprint, open_tracker()) is None
+    assert done_before(loops.STEPS[0].notebook, {"recipe": "birds"}, records.last_success(loops.STEPS[0].notebook).fingerprint, open_tracker()) is None
 
     shutil.rmtree(home / "data" / "tracking")
     forget_trackio()
@@ -106,14 +107,14 @@ def test_stops_at_the_first_failure_and_goes_on_from_there(steps):
 
 
 def test_one_at_a_time(steps, home):
-    code = "import time; from nbs_lib.writer import writer\nwith writer('20261121T053000-loop-a1b2'): print('held', flush=True); time.sleep(60)"
+    code = "import time; from nbs_lib.runs.writer import writer\nwith writer('20261121T053000-loop-a1b2'): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         began = time.monotonic()
         try:
             with pytest.raises(UserError, match="loop-a1b2 .*is writing here"): run_loop()
         finally: holder.kill()
-        assert time.monotonic() - began < 3 and not runs.recent()
+        assert time.monotonic() - began < 3 and not records.recent()
 
 
 def test_time_is_for_the_whole_loop(steps):
@@ -123,7 +124,7 @@ def test_time_is_for_the_whole_loop(steps):
 
 
 def test_source_signature_decides(home, steps, tmp_path, monkeypatch):
-    sources = pytest.importorskip("nbs_lib.sources", reason="the sources of images are not there yet")
+    sources = pytest.importorskip("nbs_lib.data.sources", reason="the sources of images are not there yet")
     from PIL import Image
     for i in range(4):
         (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -137,8 +138,8 @@ def test_source_signature_decides(home, steps, tmp_path, monkeypatch):
 
 
 def test_the_real_steps_take_what_the_loop_gives():
-    from nbs_lib.parameters import declared
-    from nbs_lib.pipeline import find_notebook
+    from nbs_lib.runs.execute import find_notebook
+    from nbs_lib.runs.parameters import declared
     for step in loops.STEPS:
         try: known = declared(find_notebook(step.notebook))
         except UserError: pytest.skip(f"notebook {step.notebook} is not there yet")
@@ -148,7 +149,7 @@ def test_the_real_steps_take_what_the_loop_gives():
 def test_summary_on_the_command_line(steps, capsys):
     import typer
 
-    from nbs_lib.loop_commands import loop
+    from nbs_lib.cli.runs import loop
     with pytest.raises(typer.Exit) as ended: loop()
     out, err = capsys.readouterr()
     assert ended.value.exit_code == 0 and "[beard]" in out and "90.0%" in out

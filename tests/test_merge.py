@@ -12,12 +12,13 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageEnhance, ImageOps
 
-from nbs_lib.archives import Item
-from nbs_lib.dataset import hash_split, write_version
-from nbs_lib.feedback_store import Store
-from nbs_lib.images import image_id
-from nbs_lib.merge import weigh, words_said, write_merged
-from nbs_lib.settings import UserError, load_settings
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings
+from nbs_lib.data.images import image_id
+from nbs_lib.data.items import Item
+from nbs_lib.data.write import hash_split, write_version
+from nbs_lib.feedback.merge import weigh, write_merged
+from nbs_lib.feedback.store import Store, words_said
 
 KINDS = ("fig", "plum")
 
@@ -241,9 +242,9 @@ DRIVER = """
 import json, os, shutil, sys
 import filelock, numpy, pandas, pyarrow.parquet, scipy.sparse.csgraph       # once for all: each attempt is a fork
 from pathlib import Path
-from nbs_lib.download import newest
-from nbs_lib.merge import merge
-from nbs_lib.settings import load_settings
+from nbs_lib.data.versions import newest
+from nbs_lib.steps.merge import merge
+from nbs_lib.core.settings import load_settings
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
 
 def state(tracker):
@@ -257,7 +258,7 @@ def attempt(home, kill_at=None):
     if not (child := os.fork()):
         try:
             os.environ["LOOPBOOK_HOME"] = str(home)
-            from nbs_lib.tracking import open_tracker
+            from nbs_lib.tracking.tracker import open_tracker
             settings = load_settings()
             tracker = open_tracker(settings)
             before, calls, marks = state(tracker), 0, {}
@@ -290,9 +291,9 @@ def in_a_process(home: Path, code: str, *words) -> dict:
 
 
 FIRST = """
-from nbs_lib.download import add_version
-from nbs_lib.dataset import Dataset
-from nbs_lib.tracking import open_tracker
+from nbs_lib.data.versions import add_version
+from nbs_lib.data.dataset import Dataset
+from nbs_lib.tracking.tracker import open_tracker
 os.environ["LOOPBOOK_HOME"] = str(base)
 tracker = open_tracker(load_settings())
 with tracker.start("first", "download") as run:

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_data import picture, small_dataset
 
-from nbs_lib import engine, features
-from nbs_lib.backbone import Preprocessing, create_backbone, preprocess, preprocessing_of
-from nbs_lib.images import BadImage
-from nbs_lib.model import Network, load_model, predict_dataset, save_model
-from nbs_lib.settings import UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.data.images import BadImage, Preprocessing, preprocess
+from nbs_lib.models import engine, features
+from nbs_lib.models.backbone import create_backbone, preprocessing_of
+from nbs_lib.models.classifier import Network, load_model, predict_dataset, save_model
 
 HOW = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
@@ -67,7 +67,7 @@ def test_a_damaged_bundle_is_refused(bundle, damage):
 def test_prediction_needs_nothing_but_the_bundle(bundle, tmp_path, monkeypatch):
     first = load_model(bundle).predict_one(picture("red", 1))
     monkeypatch.setenv("LOOPBOOK_HOME", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr("nbs_lib.backbone.packaged_weights", lambda name: pytest.fail("the bundle has the weights"))
+    monkeypatch.setattr("nbs_lib.models.backbone.packaged_weights", lambda name: pytest.fail("the bundle has the weights"))
     moved = bundle.rename(tmp_path / "moved")
     assert load_model(moved).predict_one(picture("red", 1)) == first
 
@@ -102,7 +102,7 @@ def test_every_shape_becomes_the_network_input(width, height):
 def test_engines_agree_on_a_real_backbone(home):
     backbone = create_backbone("tf_efficientnet_lite0")
     how = preprocessing_of(backbone, 96)
-    from nbs_lib.model import Body
+    from nbs_lib.models.classifier import Body
     body = Body(backbone, how).eval()
     images = np.stack([preprocess(picture("red", i, 120), how).numpy() for i in range(4)])
     results = [engine.Engine(body, 96, engine.Plan("cpu", *plan), 4)(images) for plan in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))]
@@ -112,7 +112,7 @@ def test_engines_agree_on_a_real_backbone(home):
 
 @pytest.mark.parametrize("runs_on", ["torch", "openvino"])
 def test_an_engine_takes_any_number_of_images_and_their_company_does_not_matter(home, runs_on):
-    from nbs_lib.model import Body
+    from nbs_lib.models.classifier import Body
     body = Body(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW).eval()
     run = engine.Engine(body, 32, engine.Plan("cpu", runs_on, "fp32"), 6)
     images = np.random.default_rng(0).integers(0, 256, (13, 3, 32, 32), dtype=np.uint8)
@@ -144,7 +144,7 @@ def test_without_openvino_torch_runs(monkeypatch):
 def test_no_image_is_embedded_twice_even_by_two_at_once(home, request):
     data = small_dataset(home / "data.set", 24)
     backbone = create_backbone("tf_efficientnet_lite0", pretrained=False)
-    from nbs_lib.model import Body
+    from nbs_lib.models.classifier import Body
     body, plan, ids = Body(backbone, HOW), engine.choose("cpu", "torch", "fp32"), list(data.rows["id"])
     request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-5)  # threads that share a network's weights meet in the middle of a change
@@ -161,7 +161,7 @@ def test_no_image_is_embedded_twice_even_by_two_at_once(home, request):
 
 def test_a_killed_embedding_keeps_what_it_had(home, monkeypatch):
     data = small_dataset(home / "data.set", 24)
-    from nbs_lib.model import Body
+    from nbs_lib.models.classifier import Body
     body, plan, ids = Body(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW), engine.choose("cpu", "torch", "fp32"), list(data.rows["id"])
     stored, put = [], features.FeatureCache.put
     def dies(self, ids, vectors):
@@ -187,9 +187,9 @@ def test_heads_share_the_features_of_their_backbone(bundle, home):
 FREED = """
 import gc, signal, subprocess, threading
 import torch
-from nbs_lib.backbone import create_backbone, preprocessing_of
-from nbs_lib.engine import Engine, choose
-from nbs_lib.model import Body
+from nbs_lib.models.backbone import create_backbone, preprocessing_of
+from nbs_lib.models.engine import choose, Engine
+from nbs_lib.models.classifier import Body
 told = []
 signal.signal(signal.SIGCHLD, lambda *_: told.append("handled"))
 backbone = create_backbone("tf_efficientnet_lite0", pretrained=False)

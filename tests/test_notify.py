@@ -16,8 +16,8 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 
-from nbs_lib.notify import notify, secret_names
-from nbs_lib.settings import load_settings
+from nbs_lib.core.settings import load_settings
+from nbs_lib.runs.messages import notify, secret_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
 PASSWORD = "p@ss/w:rd %1+"
@@ -145,16 +145,16 @@ def test_a_message_without_text(told, hook):
 
 
 def test_the_settings_are_checked(home, told):
-    from nbs_lib.settings import UserError
+    from nbs_lib.core.errors import UserError
     with pytest.raises(UserError, match=r"\[notify\] events = 'failur'.*failure"): told(events="failur")
     with pytest.raises(UserError, match=r"\[notify\] url: no such key; did you mean 'urls'"): told(url="json://secret")
 
 
 ALERT = """
 import json
-from nbs_lib.notify import notify
-from nbs_lib.settings import load_settings
-from nbs_lib.tracking import open_tracker
+from nbs_lib.runs.messages import notify
+from nbs_lib.core.settings import load_settings
+from nbs_lib.tracking.tracker import open_tracker
 settings = load_settings()
 tracker = open_tracker(settings)
 with tracker.start("faces-train", "train") as run: run.summary({"accuracy": 0.9})
@@ -175,7 +175,7 @@ def test_alerts_in_the_local_store(home, hook, backend):
 
 
 def test_alerts_in_wandb(home, wandb_server, monkeypatch):
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.tracking.tracker import open_tracker
     for name, value in wandb_server.env.items(): monkeypatch.setenv(name, value)
     (home / "settings.ini").write_text("[project]\nname = alerts\n[tracking]\nbackend = wandb\n")
     settings = load_settings()
@@ -196,12 +196,12 @@ def test_messages_of_runs(home):
     from dataclasses import replace
     from pathlib import Path
 
-    from nbs_lib import runs
-    from nbs_lib.report import messages
-    run = runs.begin(Path("46_merge.ipynb"), parameters={"recipe": "faces"})
+    from nbs_lib.runs import records
+    from nbs_lib.runs.messages import messages
+    run = records.begin(Path("46_merge.ipynb"), parameters={"recipe": "faces"})
     (Path(run.folder) / "result.json").write_text(json.dumps({"run": {"id": "faces-merge-1"}}))
     why = [{"outcome": "waits", "reason": "nobody knows it: for an expert", "images": 3}, {"outcome": "waits", "reason": "people disagree: for a review", "images": 5}]
-    done = runs.finish(run.id, "completed", summary={"joins": 2, "why": why})
+    done = records.finish(run.id, "completed", summary={"joins": 2, "why": why})
     [message] = messages(done)
     assert message["event"] == "parked" and message["title"].startswith("faces: 3 images") and message["run"] == "faces-merge-1" and message["log"] == Path(run.folder) / "log.txt"
     assert messages(replace(done, summary={"why": why[1:]})) == [] == messages(replace(done, status="cancelled"))
@@ -214,10 +214,10 @@ def test_no_notebook_sees_the_password(told, home, hook, tmp_path):
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
 
-    from nbs_lib.pipeline import run_notebook
-    from nbs_lib.report import messages
+    from nbs_lib.runs.execute import run_notebook
+    from nbs_lib.runs.messages import messages
     settings = told(f"json://robot:${{ROBOT_PASSWORD}}@127.0.0.1:{hook.port}")
-    nbformat.write(new_notebook(cells=[new_code_cell("import os\nprint(dict(os.environ))\nfrom nbs_lib.settings import load_settings\nprint(load_settings(), open(os.environ['LOOPBOOK_HOME'] + '/settings.ini').read())\n1 / 0")]), tmp_path / "10_nosy.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell("import os\nprint(dict(os.environ))\nfrom nbs_lib.core.settings import load_settings\nprint(load_settings(), open(os.environ['LOOPBOOK_HOME'] + '/settings.ini').read())\n1 / 0")]), tmp_path / "10_nosy.ipynb")
     run = run_notebook(tmp_path / "10_nosy.ipynb")
     for message in messages(run): assert notify(settings=settings, **message) == []
     assert [body["title"] for _, _, body in hook.received] == ["nosy failed"]

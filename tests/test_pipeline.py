@@ -14,12 +14,12 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbs_lib import runs
-from nbs_lib.parameters import checked
-from nbs_lib.pipeline import find_notebook, run_notebook
-from nbs_lib.settings import UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.runs import records
+from nbs_lib.runs.execute import find_notebook, run_notebook
+from nbs_lib.runs.parameters import checked
 
-CLI = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
+CLI = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
 PARAMETERS = '''
 from typing import Literal
 mode: Literal["head", "finetune"] = "head"
@@ -58,7 +58,7 @@ def test_completed(home, make):
                 "sys.executable", parameters="epochs: int = 1")
     seen = []
     run = run_notebook(file, {"epochs": 7}, group="g1", trigger="test", on_cell=lambda *n: seen.append(n))
-    assert run.status == "completed" and run.error is None and run == runs.get(run.id)
+    assert run.status == "completed" and run.error is None and run == records.get(run.id)
     assert (run.group, run.trigger, run.parameters, run.kernel, run.pid) == ("g1", "test", {"epochs": 7}, "python3", os.getpid())
     assert sorted((Path(run.folder) / "log.txt").read_text().splitlines()) == [f"7 {run.id} g1 {file.parent}", "from a child"]
     assert set(cells(run)) == {"completed"} and seen == [(n, 4) for n in range(1, 5)]
@@ -87,7 +87,7 @@ def test_killed_kernel(home, make):
 
 
 def test_cell_timeout(home, make, tmp_path):
-    from nbs_lib.pipeline import Stop, _failure, load_papermill
+    from nbs_lib.runs.execute import Stop, _failure, load_papermill
     papermill, out = load_papermill(), tmp_path / "out.ipynb"
     with open(tmp_path / "log", "w") as log, pytest.raises(papermill.PapermillExecutionError):
         papermill.execute_notebook(str(make("1", "import time; time.sleep(60)", "2")), str(out), engine_name="loopbook", progress_bar=False,
@@ -128,7 +128,7 @@ def test_run_timeout(home, make, tmp_path):
 
 
 def test_timeout_of_a_deaf_notebook(home, make, tmp_path, monkeypatch):
-    monkeypatch.setattr("nbs_lib.pipeline.GRACE", 1)
+    monkeypatch.setattr("nbs_lib.runs.execute.GRACE", 1)
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
     run = run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=f"get_ipython().kernel.pre_handler_hook = lambda: None; {deaf}")), timeout=8)
     assert run.status == "failed" and run.error == "timed out after 8 s" and gone(tmp_path / "pids")
@@ -154,7 +154,7 @@ def test_signal(home, make, tmp_path, number):
             time.sleep(0.05)
         process.send_signal(number)
         out, _ = process.communicate(timeout=20)
-    run = runs.recent()[0]
+    run = records.recent()[0]
     assert process.returncode == 130 and json.loads(out)["status"] == run.status == "cancelled" and gone(tmp_path / "pids")
     assert cells(run) == ["failed", "skipped"] and "cancelled" in page(run)
 
@@ -166,9 +166,9 @@ def test_killed_runner(home, make, tmp_path):
         while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():
             assert time.monotonic() < end
             time.sleep(0.05)
-        assert runs.recent()[0].status == "running" and runs.recent()[0].cell == "1/1"
+        assert records.recent()[0].status == "running" and records.recent()[0].cell == "1/1"
         process.kill()
-    run = runs.recent()[0]
+    run = records.recent()[0]
     assert run.status == "failed" and "killed" in run.error and gone(tmp_path / "kernel")
 
 
@@ -228,7 +228,7 @@ def test_odd_places(home, make, tmp_path):
                                           ({"mode": "heads"}, "Literal"), ({"flag": 1}, "wants bool"), ({"text": 3}, "wants str"), ({"rate": None}, "wants float")])
 def test_wrong_parameters(home, make, given, words):
     with pytest.raises(UserError, match=words): run_notebook(make("1", parameters=PARAMETERS), given)
-    assert not runs.recent()
+    assert not records.recent()
 
 
 def test_right_parameters(home, make):
@@ -254,7 +254,7 @@ def test_mistakes_before_the_start(home, make, tmp_path):
     for call, words in [(lambda: run_notebook("settngs"), "did you mean 'settings'"), (lambda: run_notebook(make("1"), kernel="julia"), "'julia' is not installed"),
                         (lambda: run_notebook(tmp_path / "broken.ipynb"), "not a readable notebook"), (lambda: run_notebook(make("1"), timeout=0), "more than 0")]:
         with pytest.raises(UserError, match=words): call()
-    assert find_notebook("settings").name == "00_settings.ipynb" and not runs.recent()
+    assert find_notebook("settings").name == "00_settings.ipynb" and not records.recent()
 
 
 def test_unwritable_outputs(home, make):
@@ -269,9 +269,9 @@ def test_damaged_records(home, make):
 
 
 def test_tracked_run(home, make):
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.tracking.tracker import open_tracker
     for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
-    code = """from nbs_lib.tracking import open_tracker
+    code = """from nbs_lib.tracking.tracker import open_tracker
 import pathlib, tempfile
 folder = pathlib.Path(tempfile.mkdtemp()); (folder / "a.txt").write_text("a")
 with open_tracker().start("probe", "test") as run:
@@ -285,7 +285,7 @@ with open_tracker().start("probe", "test") as run:
 
 def test_warm_kernel(home, make, tmp_path):
     "A kernel from the nursery: the same environment, folder, log, exit handlers and end as any other."
-    from nbs_lib import kernels
+    from nbs_lib.runs import kernels
     code = "import atexit, os, pathlib, sys; atexit.register(lambda: pathlib.Path('left').write_text('in order')); print(os.environ['LOOPBOOK_RUN_ID'], os.getcwd(), os.getppid(), flush=True)"
     with kernels.warm_kernels():
         run = run_notebook(make(code, "os.system('echo from a child')"))
@@ -301,7 +301,7 @@ def test_warm_kernel(home, make, tmp_path):
 
 
 def test_plots_of_a_warm_kernel(home, make):
-    from nbs_lib import kernels
+    from nbs_lib.runs import kernels
     def plots(): return (Path(run_notebook(make("import matplotlib.pyplot as plt; plt.plot([1, 2])")).folder) / "probe.ipynb").read_text().count('"image/png"')
     with kernels.warm_kernels():
         assert plots() == 1
@@ -310,7 +310,7 @@ def test_plots_of_a_warm_kernel(home, make):
 
 
 def test_dead_nursery(home, make):
-    from nbs_lib import kernels
+    from nbs_lib.runs import kernels
     with kernels.warm_kernels():
         kernels._nursery.process.kill()
         assert run_notebook(make("1")).status == "completed"
@@ -318,11 +318,11 @@ def test_dead_nursery(home, make):
 
 def test_killed_runner_of_a_warm_kernel(home, make, tmp_path):
     file = make("import os, time; open('kernel', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(300)")
-    code = f"from nbs_lib.kernels import warm_kernels; from nbs_lib.pipeline import run_notebook\nwith warm_kernels(): run_notebook({str(file)!r})"
+    code = f"from nbs_lib.runs.kernels import warm_kernels; from nbs_lib.runs.execute import run_notebook\nwith warm_kernels(): run_notebook({str(file)!r})"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         end = time.monotonic() + 60
         while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():
             assert time.monotonic() < end
             time.sleep(0.05)
         process.kill()
-    assert "killed" in runs.recent()[0].error and gone(tmp_path / "kernel")
+    assert "killed" in records.recent()[0].error and gone(tmp_path / "kernel")

@@ -10,12 +10,13 @@ import pytest
 from small_data import picture
 from small_models import NAME, own_answers, production, project  # noqa: F401  fixtures
 
-from nbs_lib import predictions
-from nbs_lib.gate import promote
-from nbs_lib.images import BadImage
-from nbs_lib.predictions import image_files, write_predictions
-from nbs_lib.predictor import BATCH, Predictor, read_image
-from nbs_lib.settings import Data, UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import Data
+from nbs_lib.data.images import BadImage
+from nbs_lib.serving import batch
+from nbs_lib.serving.batch import image_files, write_predictions
+from nbs_lib.serving.predictor import BATCH, Predictor, read_image
+from nbs_lib.tracking.promotion import promote
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def computed(monkeypatch):
 DIES = """
 import os, sys
 from pathlib import Path
-from nbs_lib.predictions import image_files, write_predictions
+from nbs_lib.serving.batch import image_files, write_predictions
 def tell(n):
     print(n, flush=True)
 write_predictions(list(image_files([Path(sys.argv[1])])), Path(sys.argv[2]), on_rows=tell)
@@ -116,8 +117,8 @@ def test_two_processes_do_not_write_one_table(production, photos, tmp_path):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from nbs_lib.predictions import image_files, write_predictions
-from nbs_lib.settings import UserError
+from nbs_lib.serving.batch import image_files, write_predictions
+from nbs_lib.core.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 known, files = [], list(image_files([Path(sys.argv[1])]))
 def tell(n):
@@ -148,7 +149,7 @@ def test_paths_that_are_not_there_or_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file"): list(image_files([tmp_path / "nowhere"]))
     (tmp_path / "closed").mkdir()
     def refuse(path): raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(predictions.os, "scandir", refuse)
+    monkeypatch.setattr(batch.os, "scandir", refuse)
     with pytest.raises(UserError, match="Permission denied"): list(image_files([tmp_path]))
 
 

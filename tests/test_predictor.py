@@ -17,12 +17,12 @@ from PIL import Image
 from small_data import picture
 from small_models import NAME, bundle, forget_trackio, log, own_answers, production, project  # noqa: F401  fixtures
 
-from nbs_lib.backbone import create_backbone, preprocess, preprocessing_of
-from nbs_lib.gate import promote, rollback
-from nbs_lib.images import BadImage
-from nbs_lib.model import load_model
-from nbs_lib.predictor import BATCH, Predictor
-from nbs_lib.settings import UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.data.images import BadImage, preprocess
+from nbs_lib.models.backbone import create_backbone, preprocessing_of
+from nbs_lib.models.classifier import load_model
+from nbs_lib.serving.predictor import BATCH, Predictor
+from nbs_lib.tracking.promotion import promote, rollback
 
 
 def near(one: dict, other: dict) -> bool:
@@ -126,8 +126,8 @@ def test_a_predictor_that_nobody_uses_goes_away_with_its_thread(production):
 def test_a_process_ends_in_order_while_a_version_is_being_loaded(production):
     code = """
 import sys
-from nbs_lib import predictor
-from nbs_lib.gate import promote
+from nbs_lib.serving import predictor
+from nbs_lib.tracking.promotion import promote
 predictor.POLL = 0.01
 follower = predictor.Predictor()
 load, begun = predictor.Predictor._load, predictor.threading.Event()
@@ -150,8 +150,8 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from small_data import picture
 from small_models import *
-from nbs_lib.gate import rollback
-from nbs_lib.predictor import Predictor
+from nbs_lib.tracking.promotion import rollback
+from nbs_lib.serving.predictor import Predictor
 tracker = open_tracker()
 for seed in (0, 1): log(tracker, bundle(Path("model") / str(seed), seed))
 promote(tracker, NAME, "v0")
@@ -173,7 +173,7 @@ for change, then in ((partial(promote, version="v1"), "v1"), (rollback, "v0")):
 # One image, many images
 
 def test_threads_that_meet_at_the_first_request_build_one_engine(project, monkeypatch):
-    from nbs_lib import model as models
+    from nbs_lib.models import classifier as models
     built, engine = [], models.Engine
     def slow(*args):
         built.append(args)
@@ -219,7 +219,7 @@ def test_pixels_are_those_of_torchvision():
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    from nbs_lib.images import decode_rgb
+    from nbs_lib.data.images import decode_rgb
     how = preprocessing_of(create_backbone("tf_efficientnet_lite0", pretrained=False))
     for width, height in ((300, 200), (123, 457), (40, 40), (1, 9), (900, 5)):
         file = io.BytesIO()
@@ -234,7 +234,7 @@ def test_preprocessing_leaves_torch_threads_alone():
     code = """
 import psutil, torch
 from small_data import picture
-from nbs_lib.backbone import Preprocessing, preprocess
+from nbs_lib.data.images import preprocess, Preprocessing
 torch.set_num_threads(8)
 how, data = Preprocessing(240, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3), picture("red", 0, 700)
 before = psutil.Process().num_threads()

@@ -9,29 +9,50 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from nbs_lib import settings
+from nbs_lib.core import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STEPS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LIBRARY = sorted((ROOT / "notebooks" / "library").glob("*/*.ipynb"))
+NOTEBOOKS = STEPS + LIBRARY
+FLOORS = ("core", "tracking", "runs", "data", "models", "serving", "evaluation", "feedback", "labelling", "loop", "steps", "schedule", "web", "cli")   # lowest first
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-STEPS = ("download", "train", "evaluate", "merge", "label_errors", "digest", "feedback")
 
 
 def cells(notebook: Path) -> list[dict]:
     return json.loads(notebook.read_text())["cells"]
 
 
+def exported(notebook: Path) -> str | None:
+    "The module that a notebook says it exports, `package.name`."
+    return next((m[1] for c in cells(notebook) if (m := re.match(r"#\| default_exp (\S+)", "".join(c["source"])))), None)
+
+
 def module_of(notebook: Path) -> str:
-    return notebook.stem.split("_", 1)[1]
+    "The module that a notebook in this place has to export."
+    return f"{'steps' if notebook in STEPS else notebook.parent.name}.{notebook.stem.split('_', 1)[1]}"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def imports(file: Path) -> set[str]:
+    "The modules of nbs_lib that a module imports, wherever in it, and those that it names in a string."
+    module, found = ".".join(file.relative_to(ROOT).with_suffix("").parts), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str): found |= set(re.findall(r"\bnbs_lib(?:\.\w+)+", node.value))
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0]) if node.level else node.module
+            found |= {base, *(f"{base}.{a.name}" for a in node.names)}
+    return {name.removeprefix("nbs_lib.") for name in found if (ROOT / f"{name.replace('.', '/')}.py").is_file() and name.startswith("nbs_lib.")}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_notebooks_hold_no_outputs_and_no_volatile_metadata(notebook):
     content = json.loads(notebook.read_text())
     assert set(content["metadata"]) <= {"kernelspec", "language_info"}
@@ -41,22 +62,21 @@ def test_notebooks_hold_no_outputs_and_no_volatile_metadata(notebook):
         assert set(cell["metadata"]) <= {"tags"}
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_the_examples_in_a_notebook_hold(notebook, tmp_path):
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))} | {"LOOPBOOK_HOME": str(tmp_path)}
     done = subprocess.run([Path(sys.executable).with_name("nbdev-test"), notebook], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0 and "Success" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEPS, ids=lambda p: p.stem)
 def test_cleaning_keeps_the_one_parameters_cell_of_a_step(step, tmp_path):
-    [notebook] = [n for n in NOTEBOOKS if module_of(n) == step]
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "notebooks").mkdir()
-    copy = Path(shutil.copy(notebook, tmp_path / "notebooks"))
+    copy = Path(shutil.copy(step, tmp_path / "notebooks"))
     subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=tmp_path, check=True)
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(copy)) == 1
-    assert cells(copy) == cells(notebook)
+    assert cells(copy) == cells(step)
 
 
 def test_the_module_is_what_the_notebooks_export(tmp_path):
@@ -64,21 +84,37 @@ def test_the_module_is_what_the_notebooks_export(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, check=True)
-    names = {p.name for p in (ROOT / "nbs_lib").glob("*.py")} | {p.name for p in (tmp_path / "nbs_lib").glob("*.py")}
+    names = {str(p.relative_to(root / "nbs_lib")) for root in (ROOT, tmp_path) for p in (root / "nbs_lib").rglob("*.py")}
     _, different, missing = filecmp.cmpfiles(ROOT / "nbs_lib", tmp_path / "nbs_lib", names, shallow=False)
     assert not different and not missing, "run `make notebooks`"
-    assert names - {"__init__.py", "_modidx.py"} == {module_of(n) + ".py" for n in NOTEBOOKS}
+    modules = {n.removesuffix(".py").replace("/", ".") for n in names if not n.endswith("__init__.py") and n != "_modidx.py"}
+    assert modules == {m for n in NOTEBOOKS if (m := exported(n))}
 
 
-def test_modules_import_only_from_lower_floors():
-    floor = {module_of(n): n.stem.split("_")[0] for n in NOTEBOOKS}
-    for name, number in floor.items():
-        for node in ast.walk(ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text())):
-            if not isinstance(node, ast.ImportFrom): continue
-            module = node.module or ""
-            own = module.removeprefix("nbs_lib.") if module.startswith("nbs_lib.") else module if node.level else None
-            wanted = [own] if own else [a.name for a in node.names] if node.level or module == "nbs_lib" else []
-            for other in set(wanted) - {name}: assert floor[other] < number, f"{name} imports {other} from a higher floor"
+def test_each_notebook_exports_the_module_of_its_place():
+    for notebook in NOTEBOOKS: assert exported(notebook) == module_of(notebook) or notebook in STEPS and exported(notebook) is None, notebook
+
+
+def test_packages_import_only_from_lower_floors_and_modules_from_smaller_numbers():
+    number = {module_of(n): n.stem.split("_")[0] for n in LIBRARY}
+    for file in (ROOT / "nbs_lib").glob("*/*.py"):
+        if file.stem == "__init__": continue
+        package, name = file.parent.name, f"{file.parent.name}.{file.stem}"
+        for other in imports(file) - {name}:
+            floor = FLOORS.index(other.split(".")[0])
+            assert floor < FLOORS.index(package) or package == other.split(".")[0], f"{name} imports {other} from a higher floor"
+            assert package != other.split(".")[0] or package == "steps" or number[other] < number[name], f"{name} imports {other}, of a larger number"
+            assert package == "steps" or not other.startswith("steps."), f"{name} imports the step {other}"
+
+
+def test_the_packages_have_at_most_nine_floors():
+    below = {package: {other.split(".")[0] for file in (ROOT / "nbs_lib" / package).glob("*.py") for other in imports(file)} - {package} for package in FLOORS}
+    def height(package: str) -> int: return 1 + max(map(height, below[package]), default=0)
+    assert max(map(height, FLOORS)) <= 9
+
+
+def test_no_module_is_longer_than_400_lines():
+    for file in (ROOT / "nbs_lib").glob("*/*.py"): assert len(file.read_text().splitlines()) <= 400, file
 
 
 def test_no_step_notebook_exports_while_it_runs_or_hides_a_failure():

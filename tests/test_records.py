@@ -19,11 +19,12 @@ from browsers import browser, chromium
 from conftest import SHARED, WandbServer
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbs_lib import runs, slots
-from nbs_lib.jobs import Job
-from nbs_lib.report import NEWEST, write_index
+from nbs_lib.runs import records
+from nbs_lib.runs.index import NEWEST, write_index
+from nbs_lib.schedule import slots
+from nbs_lib.schedule.jobs import Job
 
-LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli import main; main()"]
+LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
 
 
 def loopbook(*words, code: int = 0, **environment):
@@ -32,7 +33,7 @@ def loopbook(*words, code: int = 0, **environment):
     return done
 
 
-def add(home: Path, number: int, step: str = "train", files: int = 1, **facts) -> runs.Run:
+def add(home: Path, number: int, step: str = "train", files: int = 1, **facts) -> records.Run:
     "The record of a run of so many days ago, and its folder."
     began = datetime.now(UTC) - timedelta(days=number)
     id = f"{began:%Y%m%dT%H%M%S}-{step}-{number:04x}"
@@ -40,9 +41,9 @@ def add(home: Path, number: int, step: str = "train", files: int = 1, **facts) -
     folder.mkdir(parents=True)
     for name in (f"{step}.html", f"{step}.ipynb", "log.txt", *map(str, range(files - 3))): (folder / name).write_text("x" * 1000)
     facts = {"status": "completed", "parameters": {"recipe": "faces"}, "started_at": began.isoformat(timespec="milliseconds"), "ended_at": began.isoformat(timespec="milliseconds")} | facts
-    run = runs.Run(id, f"/somewhere/33_{step}.ipynb", str(folder), **facts)
-    row = runs._pack(asdict(run))
-    runs._execute(f"insert into runs ({runs._quoted(row)}) values ({', '.join('?' * len(row))})", list(row.values()))
+    run = records.Run(id, f"/somewhere/33_{step}.ipynb", str(folder), **facts)
+    row = records._pack(asdict(run))
+    records._execute(f"insert into runs ({records._quoted(row)}) values ({', '.join('?' * len(row))})", list(row.values()))
     return run
 
 
@@ -66,20 +67,20 @@ def test_the_page_lists_runs_newest_first_and_loops_together(home):
 
 
 def test_a_running_run_links_to_its_log_and_a_killed_one_has_failed(home):
-    run = runs.begin(Path("33_train.ipynb"))
+    run = records.begin(Path("33_train.ipynb"))
     (Path(run.folder) / "log.txt").touch()
-    runs.update(run.id, cell="3/9")
+    records.update(run.id, cell="3/9")
     text = write_index().read_text()
     assert "1 running" in text and f'href="{run.id}/log.txt"' in text and "at cell 3/9" in text and "train.html" not in text
-    killed = subprocess.run([sys.executable, "-c", "from pathlib import Path; from nbs_lib import runs; import os; print(runs.begin(Path('a.ipynb')).id, flush=True); os._exit(9)"], capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", "from pathlib import Path; from nbs_lib.runs import records; import os; print(records.begin(Path('a.ipynb')).id, flush=True); os._exit(9)"], capture_output=True, text=True)
     assert "killed: its process ended" in write_index().read_text() and killed.stdout.strip() in write_index().read_text()
-    runs.finish(run.id, "completed")
+    records.finish(run.id, "completed")
 
 
 def test_only_the_newest_are_listed_and_that_is_said(home):
     template = add(home, 0)
     rows = [asdict(template) | {"id": f"old-{n}", "started_at": f"2020-01-01T00:{n // 60:02}:{n % 60:02}.000+00:00"} for n in range(NEWEST)]
-    for row in rows: runs._execute(f"insert into runs ({runs._quoted(row)}) values ({', '.join('?' * len(row))})", list(runs._pack(row).values()))
+    for row in rows: records._execute(f"insert into runs ({records._quoted(row)}) values ({', '.join('?' * len(row))})", list(records._pack(row).values()))
     text = write_index().read_text()
     assert text.count("<tr id=") == NEWEST and f"only the newest {NEWEST} runs" in text and 'id="old-0"' not in text and 'id="old-1"' in text
 
@@ -94,7 +95,7 @@ def test_no_run_yet_and_a_page_that_cannot_be_written(home):
 def test_many_write_the_page_and_nobody_reads_half_of_it(home):
     for n in range(50): add(home, n)
     page = write_index()
-    code = "from nbs_lib.report import write_index\nfor _ in range(15): assert write_index()"
+    code = "from nbs_lib.runs.index import write_index\nfor _ in range(15): assert write_index()"
     writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     looks = 0
     while any(w.poll() is None for w in writers):
@@ -105,7 +106,7 @@ def test_many_write_the_page_and_nobody_reads_half_of_it(home):
 
 @browser
 def test_from_the_page_to_the_cell_that_failed(home, tmp_path):
-    from nbs_lib.pipeline import run_notebook
+    from nbs_lib.runs.execute import run_notebook
     cells = [new_markdown_cell("# Long"), *(new_code_cell(f"print('line\\n' * 30, {n})") for n in range(5)), new_code_cell("1 / 0"), *(new_code_cell("2") for _ in range(40))]
     nbformat.write(new_notebook(cells=cells), tmp_path / "10_long.ipynb")
     run = run_notebook(tmp_path / "10_long.ipynb")
@@ -147,7 +148,7 @@ def test_logs(home):
 
 
 def test_following_a_log_until_the_run_has_ended(home):
-    run = runs.begin(Path("33_train.ipynb"))
+    run = records.begin(Path("33_train.ipynb"))
     log = Path(run.folder) / "log.txt"
     with subprocess.Popen([*LOOPBOOK, "logs", "last", "--follow"], stdout=subprocess.PIPE) as following:
         time.sleep(0.5)
@@ -156,13 +157,13 @@ def test_following_a_log_until_the_run_has_ended(home):
         with open(log, "a") as file: file.write("epoch 2\nhalf a li")
         assert following.stdout.readline() == b"epoch 2\n" and following.poll() is None
         with open(log, "a") as file: file.write("ne\n" + "y" * 3_000_000)
-        runs.finish(run.id, "completed")
+        records.finish(run.id, "completed")
         rest = following.stdout.read()
         assert rest == b"half a line\n" + b"y" * 3_000_000 and following.wait(20) == 0
 
 
 def test_following_ends_when_the_run_is_killed_or_the_reader_has_enough(home):
-    code = "from pathlib import Path; from nbs_lib import runs; import time; r = runs.begin(Path('a.ipynb')); open(r.folder + '/log.txt', 'w').write('hello\\n' * 100000); print(flush=True); time.sleep(60)"
+    code = "from pathlib import Path; from nbs_lib.runs import records; import time; r = records.begin(Path('a.ipynb')); open(r.folder + '/log.txt', 'w').write('hello\\n' * 100000); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as run:
         run.stdout.readline()
         with subprocess.Popen([*LOOPBOOK, "logs", "last", "-f"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as impatient:
@@ -199,7 +200,7 @@ def test_what_is_pruned(home, settings):
     done = loopbook("prune")
     assert "gone: 12 things, 0.0 MB" in done.stdout and train[15].id in done.stdout
     assert kept(home) == before - {i["name"] for i in dry["items"]} and stray.exists() and rare.id in kept(home)
-    assert len(runs.recent(1000)) == 27 and runs.get(train[15].id).status == "completed", "the rows stay"
+    assert len(records.recent(1000)) == 27 and records.get(train[15].id).status == "completed", "the rows stay"
     assert "no longer kept" in (home / "outputs" / "index.html").read_text()
     assert json.loads(loopbook("prune", "--json").stdout)["items"] == [] and not (home / "outputs" / ".pruned").exists()
 
@@ -221,15 +222,15 @@ def test_old_slots_are_pruned_but_open_ones_and_the_last_of_each_job(home, setti
 
 
 def test_what_runs_is_never_pruned(home, settings):
-    run = runs.begin(Path("/somewhere/33_train.ipynb"))
-    runs.update(run.id, started_at="2020-01-01T00:00:00.000+00:00")
+    run = records.begin(Path("/somewhere/33_train.ipynb"))
+    records.update(run.id, started_at="2020-01-01T00:00:00.000+00:00")
     killed = add(home, 50, status="running", ended_at=None)
     for n in range(4): add(home, n)
     loopbook("prune")
     assert run.id in kept(home) and killed.id not in kept(home)
     loopbook("runs")
-    assert killed.id not in kept(home) and "killed" in runs.get(killed.id).error
-    runs.finish(run.id, "cancelled")
+    assert killed.id not in kept(home) and "killed" in records.get(killed.id).error
+    records.finish(run.id, "cancelled")
 
 
 def test_the_last_success_stays_so_that_the_loop_has_nothing_to_do(home, settings):
@@ -241,7 +242,7 @@ def test_the_last_success_stays_so_that_the_loop_has_nothing_to_do(home, setting
 
 
 def test_nobody_prunes_while_somebody_writes(home, settings):
-    from nbs_lib.writer import writer
+    from nbs_lib.runs.writer import writer
     for n in range(20, 30): add(home, n)
     with writer("loop of faces"):
         said = loopbook("prune", code=2).stderr
@@ -271,11 +272,11 @@ def test_caches_that_nobody_uses(home, settings):
 MAKE = """
 import os, sys, tempfile
 from pathlib import Path
-from nbs_lib import runs
-from nbs_lib.tracking import open_tracker
+from nbs_lib.runs import records
+from nbs_lib.tracking.tracker import open_tracker
 tracker, made = open_tracker(), {}
 def step(name, reads, writes, type, decision=None):
-    run = runs.begin(Path(f"30_{name}.ipynb"), parameters={"recipe": "faces"})
+    run = records.begin(Path(f"30_{name}.ipynb"), parameters={"recipe": "faces"})
     os.environ |= {"LOOPBOOK_RUN_ID": run.id, "LOOPBOOK_RUN_DIR": run.folder}
     with tracker.start(f"faces-{name}", name) as tracked:
         for ref in reads: tracked.use(ref)
@@ -285,7 +286,7 @@ def step(name, reads, writes, type, decision=None):
     (Path(run.folder) / "notebook.ipynb").write_text(run.id)
     tracker.attach(tracked.id, [Path(run.folder) / "notebook.ipynb"], "completed")
     if writes: tracker.download(writes)
-    runs.finish(run.id, "completed", summary=decision or {})
+    records.finish(run.id, "completed", summary=decision or {})
     return run.id
 for n in range(6):
     made[n, "download"] = step("download", ["faces-dataset"] if n else [], "faces-dataset", "dataset")
@@ -293,7 +294,7 @@ for n in range(6):
     made[n, "evaluate"] = step("evaluate", ["faces-model"], None, None, {"decision": "promote", "production": f"faces-model:v{n}"} if n in (1, 2) else {"decision": "keep"})
     if n == 1: tracker.set_alias("faces-model:v1", "production"), tracker.set_alias("faces-model:v1", "previous")
     if n == 2: tracker.set_alias("faces-model:v2", "production")
-runs._execute("update runs set started_at = '2020' || substr(started_at, 5)")
+records._execute("update runs set started_at = '2020' || substr(started_at, 5)")
 print({f"{n} {step}": id for (n, step), id in made.items()})
 """
 
@@ -359,9 +360,9 @@ def test_versions_are_deleted_where_that_can_be_done(home, settings, deleting_se
 KILLS = """
 import os, random, signal, sys, time
 from datetime import UTC, datetime
-from nbs_lib.retention import prune
-from nbs_lib.settings import load_settings
-from nbs_lib.tracking import open_tracker
+from nbs_lib.schedule.retention import prune
+from nbs_lib.core.settings import load_settings
+from nbs_lib.tracking.tracker import open_tracker
 open_tracker(load_settings())
 for _ in range(int(sys.argv[1])):
     if not (child := os.fork()):
@@ -380,7 +381,7 @@ def test_a_killed_prune_leaves_whole_folders_or_none(home, settings):
     for n in range(60): add(home, 20 + n, files=60)
     subprocess.run([sys.executable, "-c", KILLS, "25"], check=True, timeout=300, stdout=subprocess.DEVNULL)
     left = kept(home) - {".pruned"}
-    assert 3 <= len(left) and len(runs.recent(1000)) == 60
+    assert 3 <= len(left) and len(records.recent(1000)) == 60
     loopbook("prune")
     assert len(kept(home)) == 3 and not (home / "outputs" / ".pruned").exists() and (home / "outputs" / "index.html").exists()
 

@@ -14,18 +14,19 @@ from schedules import CLI, START, clock, define, five_minutes_later, go, here, l
 from small_data import picture
 from test_loop import steps  # noqa: F401  a fixture
 
-from nbs_lib import runner, runs, slots
-from nbs_lib.jobs import Job
-from nbs_lib.schedule import Daemon, overview, run_now
-from nbs_lib.settings import UserError
-from nbs_lib.writer import writer
+from nbs_lib.core.errors import UserError
+from nbs_lib.runs import records
+from nbs_lib.runs.writer import writer
+from nbs_lib.schedule import attempts, slots
+from nbs_lib.schedule.daemon import Daemon, overview, run_now
+from nbs_lib.schedule.jobs import Job
 
 
 def test_a_run_has_its_job_and_slot_in_its_record(here):
     define(here, "greet", every="1d")
     process = run_now("greet")
     assert process.wait(60) == 0
-    [run], [slot] = runs.recent(), slots.history()
+    [run], [slot] = records.recent(), slots.history()
     assert (run.status, run.trigger, slot.status, slot.attempt) == ("completed", f"job:greet@{slot.slot}", "completed", 1)
     assert (here / "outputs" / ".schedule" / "greet.log").read_text() == ""
     assert "started by job:greet@" in (Path(run.folder) / "hello.html").read_text()
@@ -40,7 +41,7 @@ def test_failures_are_tried_again_with_longer_and_longer_waits(here):
     until(lambda: not daemon.tick() and slots.history()[0].status == "failed" and not daemon.running)
     [slot] = slots.history()
     assert (slot.status, slot.attempt, slot.reason) == ("failed", 3, "ZeroDivisionError: division by zero")
-    begun = [datetime.fromisoformat(r.started_at) for r in reversed(runs.recent())]
+    begun = [datetime.fromisoformat(r.started_at) for r in reversed(records.recent())]
     assert len(begun) == 3 and begun[1] - begun[0] >= timedelta(seconds=1) and begun[2] - begun[1] >= timedelta(seconds=2)
     assert waits[0] <= 1 and said[0] == "fails: started again (1 of 2 retries)" and said[-1] == "fails: failed: ZeroDivisionError: division by zero"
 
@@ -71,7 +72,7 @@ def test_two_daemons_on_one_home_run_each_slot_once(here):
     said = [d.communicate(timeout=60)[1] for d in daemons]
     assert [d.returncode for d in daemons] == [0, 0]
     done = [s for s in slots.history(1000) if s.status == "completed"]
-    per_slot = Counter(r.trigger for r in runs.recent(1000) if r.status == "completed")
+    per_slot = Counter(r.trigger for r in records.recent(1000) if r.status == "completed")
     assert per_slot == Counter(s.trigger for s in done) and set(per_slot.values()) == {1}
     assert all(s.status in ("completed", "missed", "due") for s in slots.history(1000)) and not any("rror" in s for s in said), said
 
@@ -80,18 +81,18 @@ def test_a_run_that_takes_too_long_is_ended(here):
     write(here, "deaf", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); get_ipython().kernel.pre_handler_hook = lambda: None\nwhile True: time.sleep(1)")
     define(here, "endless", notebook="deaf.ipynb", every="1d", timeout="2s")
     run_now("endless").wait(60)
-    [slot], [run] = slots.history(), runs.recent()
+    [slot], [run] = slots.history(), records.recent()
     assert (slot.status, slot.reason, run.status) == ("failed", "timed out after 2 s", "failed")
 
 
 def test_sigterm_stops_the_daemon_and_its_runs_and_a_new_one_takes_them_up(here):
     define(here, "slow", notebook="long.ipynb", every="2s")
     daemon = subprocess.Popen([*CLI, "schedule"], stderr=subprocess.PIPE, text=True)
-    until(lambda: any(r.cell for r in runs.recent()))
+    until(lambda: any(r.cell for r in records.recent()))
     daemon.send_signal(signal.SIGTERM)
     said = daemon.communicate(timeout=40)[1]
     assert daemon.returncode == 0 and "slow: stopped" in said and not left()
-    assert runs.recent()[0].status == "cancelled"
+    assert records.recent()[0].status == "cancelled"
     waiting = slots.history(status="due")
     assert [(s.attempt, s.reason) for s in waiting] == [(0, "the scheduler was stopped")]
     write(here, "long", "print('short now')")
@@ -103,11 +104,11 @@ def test_sigterm_stops_the_daemon_and_its_runs_and_a_new_one_takes_them_up(here)
 def test_a_job_that_is_cancelled_alone_stays_cancelled(here):
     define(here, "slow", notebook="long.ipynb", every="1d")
     process = run_now("slow")
-    until(lambda: runs.recent() and runs.recent()[0].cell)
+    until(lambda: records.recent() and records.recent()[0].cell)
     with pytest.raises(UserError, match="slow: its run of .* is running"): run_now("slow")
     process.terminate()
     process.wait(30)
-    assert slots.history()[0].status == runs.recent()[0].status == "cancelled" and not left()
+    assert slots.history()[0].status == records.recent()[0].status == "cancelled" and not left()
 
 
 def test_who_writes_waits_visibly_and_who_reads_does_not(here):
@@ -116,7 +117,7 @@ def test_who_writes_waits_visibly_and_who_reads_does_not(here):
     daemon, now = Daemon(lambda line: None), datetime.now(UTC)
     daemon.plan()
     for name in ("writes", "reads"): slots.add(daemon.folder.jobs[name], now)
-    other = "import sys; from nbs_lib.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
+    other = "import sys; from nbs_lib.runs.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         holder.stdout.readline()
         daemon.tick()
@@ -138,7 +139,7 @@ def test_two_writers_at_once_wait_in_their_own_process(here):
     processes = [run_now("one"), run_now("two")]
     until(lambda: any("is writing here" in (s.reason or "") for s in slots.history(status="running")))
     assert [p.wait(60) for p in processes] == [0, 0]
-    first, second = reversed(runs.recent())
+    first, second = reversed(records.recent())
     assert first.status == second.status == "completed" and second.started_at >= first.ended_at
     assert [s.reason for s in slots.history()] == [None, None]
 
@@ -149,7 +150,7 @@ def test_a_writer_may_skip_instead(here):
     define(here, "writes", notebook="train.ipynb", every="1d")
     with writer("the test"): run_now("writes").wait(60)
     [slot] = slots.history()
-    assert slot.status == "skipped" and "the test" in slot.reason and not runs.recent()
+    assert slot.status == "skipped" and "the test" in slot.reason and not records.recent()
 
 
 def test_no_more_runs_at_once_than_allowed(here, clock):
@@ -176,7 +177,7 @@ def test_a_lease_runs_out_and_the_late_process_is_refused(here, clock):
 
 def test_a_process_that_cannot_start_is_a_failure_that_is_told(here, monkeypatch):
     define(here, "a", every="1s")
-    monkeypatch.setattr(runner, "CODE", "raise OSError('no room for me')")
+    monkeypatch.setattr(attempts, "CODE", "raise OSError('no room for me')")
     said = []
     Daemon().plan()
     time.sleep(1.1)
@@ -202,14 +203,14 @@ def test_a_damaged_schedule_is_told_and_a_new_one_begins_when_it_is_moved_away(h
 # is there anything new
 
 
-def done(job, **keys): return runner.attempt(job, "test", before=slots.recall(job), **keys)
+def done(job, **keys): return attempts.attempt(job, "test", before=slots.recall(job), **keys)
 
 
 def test_a_loop_runs_once_for_each_new_dataset_version_and_word(steps, home, tmp_path):
-    from nbs_lib.feedback_store import Store
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.feedback.store import Store
+    from nbs_lib.tracking.tracker import open_tracker
     job = Job(name="watch", loop=True, on=("dataset", "feedback"))
-    assert done(job) == runner.Outcome("skipped", "nothing new")
+    assert done(job) == attempts.Outcome("skipped", "nothing new")
     (tmp_path / "data").mkdir()
     for n in range(2):
         (tmp_path / "data" / "rows.txt").write_text(f"from outside, {n}")
@@ -217,7 +218,7 @@ def test_a_loop_runs_once_for_each_new_dataset_version_and_word(steps, home, tmp
         (home / "rows.txt").write_text(f"from outside, {n}")
         seen = done(job)
         assert seen.status == "completed" and seen.mark["dataset"] == f"faces-dataset:v{n}" and seen.result == "keep: too [bold]few[/bold]"
-        assert {r.trigger for r in runs.recent()} == {"test"}
+        assert {r.trigger for r in records.recent()} == {"test"}
         slots.remember(job, seen.mark)
         assert done(job).status == "skipped", "the gate has refused, and that was that"
     store = Store("faces")
@@ -231,7 +232,7 @@ def test_a_loop_runs_once_for_each_new_dataset_version_and_word(steps, home, tmp
 
 
 def test_a_notebook_runs_once_for_each_new_dataset_version_whatever_production_was_trained_on(steps, home, tmp_path):
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.tracking.tracker import open_tracker
     file = steps("90_judge.ipynb", "print('judged')")
     job = Job(name="judge", notebook=str(file), on="dataset")
     assert done(job).status == "skipped"

@@ -6,9 +6,9 @@ import pytest
 from schedules import CLI, START, clock, define, five_minutes_later, go, here, planned, until, write  # noqa: F401  fixtures
 from test_loop import steps  # noqa: F401  a fixture
 
-from nbs_lib import slots
-from nbs_lib.schedule import Daemon, Folder, overview
-from nbs_lib.settings import UserError
+from nbs_lib.core.errors import UserError
+from nbs_lib.schedule import slots
+from nbs_lib.schedule.daemon import Daemon, Folder, overview
 
 # when
 

@@ -14,9 +14,10 @@ from conftest import ROOT
 from schedules import CLI, START, clock, define, here, planned, until, write  # noqa: F401  fixtures
 from test_loop import steps  # noqa: F401  a fixture
 
-from nbs_lib import runs, slots
-from nbs_lib.jobs import Job
-from nbs_lib.schedule import Panel
+from nbs_lib.runs import records
+from nbs_lib.schedule import slots
+from nbs_lib.schedule.jobs import Job
+from nbs_lib.schedule.panel import Panel
 
 
 def loopbook(*words, code: int = 0) -> str:
@@ -51,14 +52,14 @@ def test_the_panel(here):
     until(lambda: not (panel.update(), panel.started)[1])
     assert any(t.startswith("completed") for t in texts())
     table = panel.table.outputs[0]["data"]["text/markdown"]
-    assert "| completed |" in table and f"[report]({os.path.relpath(runs.recent()[0].folder)}/hello.html)" in table
+    assert "| completed |" in table and f"[report]({os.path.relpath(records.recent()[0].folder)}/hello.html)" in table
     panel.rows["broken"][-1].click()
     assert "is not a length of time" in panel.said.value
 
 
 @pytest.mark.parametrize("with_data", [False, True])
 def test_the_digest_is_readable_with_and_without_anything_to_tell(here, with_data):
-    from nbs_lib.pipeline import run_notebook
+    from nbs_lib.runs.execute import run_notebook
     (here / "settings.ini").write_text("[schedule]\nmax_failures = 1\n")
     if with_data:
         run_notebook(here / "bad.ipynb")

@@ -66,7 +66,7 @@ def test_the_commands_exist():
 
 
 def test_the_dag_has_the_steps_of_the_loop():
-    from nbs_lib.loop import STEPS
+    from nbs_lib.loop.changes import STEPS
     tree = ast.parse((SCHEDULED / "airflow" / "loopbook_dag.py").read_text())
     [steps] = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "STEPS"]
     assert steps == tuple(str(s.notebook) for s in STEPS)
@@ -74,7 +74,7 @@ def test_the_dag_has_the_steps_of_the_loop():
 
 
 def test_the_daemon_does_not_take_them_for_jobs(home):
-    from nbs_lib.schedule import Folder
+    from nbs_lib.schedule.daemon import Folder
     shutil.copytree(SCHEDULED, home / "scheduled")
     from datetime import UTC, datetime
     folder = Folder()

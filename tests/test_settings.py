@@ -1,7 +1,8 @@
 """Wrong settings are refused in one line that names the place, the value and what is allowed."""
 import pytest
 
-from nbs_lib.settings import UserError, load_settings, use_recipe
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import load_settings, use_recipe
 
 
 @pytest.fixture(autouse=True)

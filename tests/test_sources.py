@@ -13,11 +13,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from nbs_lib import sources
-from nbs_lib.archives import read_items
-from nbs_lib.faces import draw_face
-from nbs_lib.settings import Data, Recipe, UserError, load_settings
-from nbs_lib.sources import download, open_source, public, source_signature
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import Data, Recipe, load_settings
+from nbs_lib.data import sources
+from nbs_lib.data.faces import draw_face
+from nbs_lib.data.items import read_items
+from nbs_lib.data.sources import download, open_source, public, source_signature
 
 
 def jpg(n: int = 0) -> bytes:
@@ -311,8 +312,8 @@ def test_hugging_face_out_of_reach(settings, monkeypatch):
 
 
 def test_own_version_as_source(settings):
-    from nbs_lib.archives import Item
-    from nbs_lib.dataset import write_version
+    from nbs_lib.data.items import Item
+    from nbs_lib.data.write import write_version
     written = write_version(settings.home / "version", [Item(f"{n}", jpg(n), {"animal": ("cat", "dog")[n % 2]}) for n in range(0, 40)], name="a", source="b")
     items = list(open_source("hf:version", Recipe(), settings))
     assert len(items) == len(written.rows) and {i.labels["animal"] for i in items} == {"cat", "dog"} and items[0].labels.keys() == {"animal"}

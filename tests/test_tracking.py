@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nbs_lib.artifacts import whole_folder  # noqa: F401 (used by code that runs in processes of its own)
-from nbs_lib.settings import UserError, load_settings
-from nbs_lib.tracking import open_tracker
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.files import whole_folder  # noqa: F401 (used by code that runs in processes of its own)
+from nbs_lib.core.settings import load_settings
+from nbs_lib.tracking.tracker import open_tracker
 
 BACKENDS = ["trackio", "wandb", "wandb-offline"]
 SECRET = "correct-horse-battery"
@@ -297,7 +298,7 @@ def test_nothing_but_the_users_own_output_is_in_the_notebook(home):
     from nbclient import NotebookClient
     configure(home, "wandb-offline", "birds")  # both packages at once
     cells = LOG_TWO.split("tracker.set_alias")
-    code = ["from pathlib import Path\nfrom nbs_lib.tracking import open_tracker", "def fill(folder, text):\n"
+    code = ["from pathlib import Path\nfrom nbs_lib.tracking.tracker import open_tracker", "def fill(folder, text):\n"
             "    folder.mkdir(exist_ok=True)\n    (folder / 'weights').write_text(text)\n    return folder",
             cells[0], "tracker.set_alias" + cells[1], "still_open = tracker.start('train', 'train')"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
@@ -331,7 +332,7 @@ with pytest.raises(UserError, match="restart the notebook's kernel"): open_track
 def test_dashboard_is_served_on_the_loopback_interface(home):
     configure(home, "trackio", "birds")
     python(LOG_TWO, cwd=home)
-    process = subprocess.Popen([sys.executable, "-c", "from nbs_lib.tracking import open_tracker; open_tracker().open_dashboard()"],
+    process = subprocess.Popen([sys.executable, "-c", "from nbs_lib.tracking.tracker import open_tracker; open_tracker().open_dashboard()"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()

@@ -10,12 +10,13 @@ import pytest
 import torch
 from small_data import picture, small_dataset
 
-from nbs_lib.archives import Item
-from nbs_lib.dataset import write_version
-from nbs_lib.engine import choose
-from nbs_lib.model import load_model, save_model
-from nbs_lib.settings import Recipe, UserError
-from nbs_lib.train import make_classifier, train_heads, train_whole
+from nbs_lib.core.errors import UserError
+from nbs_lib.core.settings import Recipe
+from nbs_lib.data.items import Item
+from nbs_lib.data.write import write_version
+from nbs_lib.models.classifier import load_model, save_model
+from nbs_lib.models.engine import choose
+from nbs_lib.steps.train import make_classifier, train_heads, train_whole
 
 PLAIN = {"image_size": 32, "batch_size": 8, "device": "cpu", "engine": "torch", "precision": "fp32"}
 
@@ -59,10 +60,11 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from small_data import small_dataset
-from nbs_lib.engine import choose
-from nbs_lib.settings import Recipe, home
-from nbs_lib.dataset import Dataset
-from nbs_lib.train import train_whole
+from nbs_lib.models.engine import choose
+from nbs_lib.core.files import home
+from nbs_lib.core.settings import Recipe
+from nbs_lib.data.dataset import Dataset
+from nbs_lib.steps.train import train_whole
 data = Dataset(home() / "small") if (home() / "small").exists() else small_dataset(home() / "small", 40)
 trained = train_whole(data, Recipe(**json.loads({recipe!r})), choose("cpu", "torch", "fp32"), on_epoch=lambda epoch, row: print("epoch", epoch, flush=True))
 print(json.dumps([trained.history, sum(p.double().sum().item() for p in trained.network.parameters())]))
@@ -89,9 +91,9 @@ def test_a_killed_finetuning_ends_where_an_undisturbed_one_does(home):
 
 
 def test_finetuning_learns_in_two_processes(home):
-    from nbs_lib.backbone import create_backbone, preprocessing_of
-    from nbs_lib.finetune import Images, finetune
-    from nbs_lib.model import Network
+    from nbs_lib.models.backbone import create_backbone, preprocessing_of
+    from nbs_lib.models.classifier import Network
+    from nbs_lib.models.finetune import Images, finetune
     torch.manual_seed(0)
     backbone = create_backbone("tf_efficientnet_lite0")
     how, kinds = preprocessing_of(backbone, 32), np.arange(48) % 2

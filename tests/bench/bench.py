@@ -119,11 +119,11 @@ def bench_embed() -> None:
     import torchvision
     from torchvision import transforms
 
-    from nbs_lib.archives import read_items
-    from nbs_lib.backbone import create_backbone, preprocessing_of
-    from nbs_lib.engine import Engine, choose
-    from nbs_lib.features import run_network
-    from nbs_lib.model import Body
+    from nbs_lib.data.items import read_items
+    from nbs_lib.models.backbone import create_backbone, preprocessing_of
+    from nbs_lib.models.classifier import Body
+    from nbs_lib.models.engine import Engine, choose
+    from nbs_lib.models.features import run_network
     files = [(str(i), item.data) for i, item in enumerate(read_items(DATA / "cats_dogs.zip")) if item.data]
     for name in ("tf_efficientnet_lite1", "tf_efficientnet_lite0"):
         backbone = create_backbone(name)
@@ -148,8 +148,8 @@ def bench_embed() -> None:
 
 def in_production() -> Path:
     "The folder of a production model of cats and dogs, which a loop has made."
-    from nbs_lib.settings import load_settings
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.core.settings import load_settings
+    from nbs_lib.tracking.tracker import open_tracker
     tracker = open_tracker(load_settings())
     if tracker.resolve("cats_vs_dogs-model:production") is None: loop(DATA / "cats_dogs.zip")
     return tracker.download("cats_vs_dogs-model:production")
@@ -158,8 +158,8 @@ def in_production() -> Path:
 def bench_predict() -> None:
     import numpy as np
 
-    from nbs_lib.archives import read_items
-    from nbs_lib.model import load_model
+    from nbs_lib.data.items import read_items
+    from nbs_lib.models.classifier import load_model
     model = load_model(in_production())
     files = [item.data for item, _ in zip(read_items(DATA / "cats_dogs.zip"), range(600), strict=False)]
     for data in files[:50]: model.predict_one(data)
@@ -173,10 +173,11 @@ def bench_predict() -> None:
 
 
 def bench_dataset() -> None:
-    from nbs_lib.archives import Item, read_items
-    from nbs_lib.dataset import Dataset, write_version
-    from nbs_lib.settings import load_settings
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.core.settings import load_settings
+    from nbs_lib.data.dataset import Dataset
+    from nbs_lib.data.items import Item, read_items
+    from nbs_lib.data.write import write_version
+    from nbs_lib.tracking.tracker import open_tracker
     tracker, folder = open_tracker(load_settings()), WORK / "cifar"
     held_back: list[Item] = []
     def sixty_thousand():

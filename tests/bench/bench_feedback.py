@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def _store(folder: Path):
-    from nbs_lib.feedback_store import Store
-    from nbs_lib.settings import Recipe, Settings
+    from nbs_lib.core.settings import Recipe, Settings
+    from nbs_lib.feedback.store import Store
     return Store("bench", Settings(home=folder, recipes={"bench": Recipe()}))
 
 
 def _items(zip: Path, images: int, labelled: bool = True) -> Iterable:
-    from nbs_lib.archives import read_items
+    from nbs_lib.data.items import read_items
     for item in islice(read_items(zip), images):
         if not labelled: item.labels = {}
         yield item
@@ -25,7 +25,7 @@ def _items(zip: Path, images: int, labelled: bool = True) -> Iterable:
 
 def import_images(folder: Path, zip: Path, images: int = 10_000) -> dict:
     "Import so many images of a zip into a new store in `folder`, and once more."
-    from nbs_lib.feedback_import import export, take_in
+    from nbs_lib.feedback.exchange import export, take_in
     store, seconds = _store(folder), []
     for _ in range(2):
         start = time.perf_counter()
@@ -52,7 +52,7 @@ for id in ids: store.answer(id, user, "corrected", {"label": "cat"})
 
 def store_writes(folder: Path, zip: Path, answers: int = 2000, processes: int = 4) -> dict:
     "Answers a second of one labeller, each on disk before the next one, the 95th percentile of one, and answers a second of several processes."
-    from nbs_lib.feedback_import import take_in
+    from nbs_lib.feedback.exchange import take_in
     store, times = _store(folder), []
     take_in(store, _items(zip, 2 * answers, labelled=False), "bench", {"label": []})
     for q in store.queue("one", answers):

@@ -30,8 +30,8 @@ def labelling(home: Path, recipe: str, photos: Iterable[tuple[str, bytes]], n: i
     Returns labels a minute, p50 and p95 of the milliseconds from a key to the next photo (painted, measured in the page), and their number."""
     from playwright.sync_api import sync_playwright
 
-    from nbs_lib.feedback_store import Store
-    from nbs_lib.settings import load_settings
+    from nbs_lib.core.settings import load_settings
+    from nbs_lib.feedback.store import Store
     store = Store(recipe, load_settings(home))
     before = len(store.history())
     for name, data in photos: store.add(data, name, "bench")

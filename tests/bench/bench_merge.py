@@ -20,13 +20,13 @@ def bench_merge(answers: int = 1000) -> dict:
     "Seconds and bytes added of a merge into 60,000 images: the first one, which makes all thumbnails, and a later one."
     from PIL import Image
 
-    from nbs_lib.archives import read_items
-    from nbs_lib.dataset import write_version
-    from nbs_lib.download import add_version
-    from nbs_lib.feedback_store import Sent, Store
-    from nbs_lib.merge import merge
-    from nbs_lib.settings import load_settings
-    from nbs_lib.tracking import open_tracker
+    from nbs_lib.core.settings import load_settings
+    from nbs_lib.data.items import read_items
+    from nbs_lib.data.versions import add_version
+    from nbs_lib.data.write import write_version
+    from nbs_lib.feedback.store import Sent, Store
+    from nbs_lib.steps.merge import merge
+    from nbs_lib.tracking.tracker import open_tracker
     settings = load_settings()
     tracker, store = open_tracker(settings), Store("faces", settings)
     with tracker.start("cifar-download", "download") as run:

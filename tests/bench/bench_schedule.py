@@ -31,9 +31,9 @@ def home():
 
 def overhead(cells: int = 10, times: int = 5) -> dict:
     "Seconds of one run, start to end of its process, of a notebook of trivial cells: a scheduled run, papermill and nbclient, by turns; medians."
-    from nbs_lib import slots
-    from nbs_lib.jobs import Job
-    from nbs_lib.runner import start
+    from nbs_lib.schedule import slots
+    from nbs_lib.schedule.attempts import start
+    from nbs_lib.schedule.jobs import Job
     with home() as folder:
         notebook = folder / "trivial.ipynb"
         nbformat.write(new_notebook(cells=[new_code_cell(f"x = {i}") for i in range(cells)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), notebook)
@@ -59,7 +59,7 @@ def overhead(cells: int = 10, times: int = 5) -> dict:
 
 THOUSAND = """
 import json, os, time, psutil
-from nbs_lib.schedule import Daemon
+from nbs_lib.schedule.daemon import Daemon
 began = time.perf_counter()
 daemon = Daemon()
 daemon.tick()
@@ -95,9 +95,9 @@ def a_day(jobs: int = 1) -> dict:
     "A day of one-minute jobs on a fast clock: slots that ran, each in a process of its own that only writes so down, for slots that were due."
     import time_machine
 
-    from nbs_lib import runner, slots
-    from nbs_lib.schedule import Daemon
-    began, code, runner.CODE = time.perf_counter(), runner.CODE, NOTHING
+    from nbs_lib.schedule import attempts, slots
+    from nbs_lib.schedule.daemon import Daemon
+    began, code, attempts.CODE = time.perf_counter(), attempts.CODE, NOTHING
     try:
         with home() as folder:
             (folder / "scheduled").mkdir()
@@ -111,7 +111,7 @@ def a_day(jobs: int = 1) -> dict:
                     daemon.tick()
                     while daemon.running: daemon.reap(), daemon.launch()
             rows = slots.history(10**6)
-    finally: runner.CODE = code
+    finally: attempts.CODE = code
     ran = sum(s.status == "completed" and s.attempt == 1 and s.missed == 0 for s in rows)
     return {"slots due": jobs * 24 * 60, "slots run": ran, "run / due": ran / (jobs * 24 * 60), "seconds": time.perf_counter() - began}
 

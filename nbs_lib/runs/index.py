@@ -5,91 +5,82 @@
 # %% ../../notebooks/library/runs/06_index.ipynb #8b2400b2
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import home, write_atomic
 from .records import Run, recent
-from .report import POLICY, STYLE, _e
+from .report import POLICY, static_text
 from .results import Judged
 
 # %% auto #0
-__all__ = ['INDEX', 'NEWEST', 'HEADINGS', 'write_index']
+__all__ = ['NEWEST', 'HEADINGS', 'duration', 'run_files', 'write_index']
+
+# %% ../../notebooks/library/runs/06_index.ipynb #c41fe12e
+def duration(seconds: float | None) -> str:
+    "So many seconds, as a reader wants them: `9.0 s`, `12.5 min`, `3.1 h`; nothing for None."
+    if seconds is None: return ""
+    if seconds < 100: return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+def run_files(run: Run) -> dict[str, Path]:
+    "What there is to open of a run: its page, its notebook, its log."
+    names = {"page": f"{run.step}.html", "notebook": f"{run.step}.ipynb", "log": "log.txt"}
+    return {kind: file for kind, name in names.items() if (file := Path(run.folder) / name).exists()}
 
 # %% ../../notebooks/library/runs/06_index.ipynb #e2d956ca
-INDEX = """
-main { max-width: 110rem; padding: 1.5rem 2rem 4rem; overflow-x: auto } header p { margin: .3rem 0 } header h1 { margin-bottom: .3rem; color: #1d2433 }
-table { width: 100%; line-height: 1.4 } th, td { text-align: left; vertical-align: top; padding: .35rem .7rem .35rem 0; white-space: nowrap } thead th { color: var(--quiet); font-weight: 500 }
-tbody { border-bottom: 1px solid #98a2b3 } tr.loop th { background: #f9fafb; font-weight: 400; color: var(--quiet) } tr.loop b { color: #1d2433 } tr:target { background: #eff8ff }
-td small { display: block } td small, td code, th code { font-size: .75rem } td small, th code { color: var(--quiet) }
-td.result { white-space: normal; min-width: 12rem; overflow-wrap: anywhere } td a { margin-left: .5rem; font-size: .75rem } .error { color: var(--bad) }
-.status { color: #fff; background: var(--quiet); border-radius: 1rem; padding: .05rem .6rem; font-size: .75rem; font-weight: 600 }
-.status.completed { background: var(--good) } .status.failed, .status.cancelled { background: var(--bad) } .status.running { background: #175cd3 }
-@media (max-width: 75rem) { tr > :nth-child(5), tr > :nth-child(6), tr > :nth-child(7), td:nth-child(2) small { display: none } td.result { min-width: 10rem } }
-"""
 NEWEST = 500   # runs on the page
-
-def _took(seconds: float | None) -> str:
-    if seconds is None: return ""
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-def _result(run: Run) -> str:
-    "What came of a run: the error, or the decision and why; of one that is running, where it is."
-    if run.status == "running": return f"<small>at cell {_e(run.cell)}</small>" if run.cell else ""
-    if run.error: return f'<span class="error">{_e(run.error)}</span>' + (f"<small>cell {_e(run.cell)}</small>" if run.cell else "")
-    if not (judged := Judged.read(run.summary)): return ""
-    return _e(judged.decision) + (f"<small>{_e(judged.why)}</small>" if judged.reasons else "")
-
-def _links(run: Run) -> str:
-    "Links to what there is of a run, as seen from `outputs`."
-    step, name = run.step, os.path.basename(run.folder)
-    files = {"page": f"{step}.html", "notebook": f"{step}.ipynb", "log": "log.txt"}
-    at = {"page": "#failed"} if run.status == "failed" else {}
-    found = [f'<a href="{_e(quote(f"{name}/{file}"))}{at.get(kind, "")}">{kind}</a>' for kind, file in files.items() if os.path.exists(f"{run.folder}/{file}")]
-    return "".join(found) or ("" if os.path.exists(run.folder) else "<small>outputs no longer kept</small>")
-
-def _row(run: Run) -> str:
-    def listed(refs): return "<br>".join(f"<code>{_e(r)}</code>" for r in refs)
-    who, _, slot = run.trigger.partition("@")
-    cells = [f'<td><span class="status {_e(run.status)}">{_e(run.status)}</span>', f"<td>{_e(run.step)}{_links(run)}<small>{_e(run.id)}</small>",
-             f"<td>{_e(run.started_at[:19].replace('T', ' '))}", f"<td>{_took(run.seconds)}", f"<td>{_e(who)}<small>{_e(slot)}</small>",
-             f"<td>{listed(run.inputs)}", f"<td>{listed(run.outputs)}", f'<td class="result">{_result(run)}']
-    return f'<tr id="{_e(run.id)}">' + "".join(c + "</td>" for c in cells) + "</tr>"
-
-# %% ../../notebooks/library/runs/06_index.ipynb #885d17a4
 HEADINGS = ("", "notebook", "began (UTC)", "took", "started by", "in", "out", "what came of it")
 
-def _loops(found: Iterable[Run]) -> str:
-    "The table's bodies: one for each loop, with a line above, and one for each run that belongs to none."
+@cache
+def _page():
+    "The page's template."
+    from jinja2 import Environment
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    style = static_text("static/report.css") + static_text("static/index.css")
+    environment.globals |= {
+        "policy": POLICY, "style": style, "headings": HEADINGS, "duration": duration, "run_files": run_files,
+        "is_kept": lambda run: Path(run.folder).exists(), "judged": Judged.read}
+    return environment.from_string(static_text("static/index.html.j2"))
+
+# %% ../../notebooks/library/runs/06_index.ipynb #885d17a4
+def _grouped(found: Iterable[Run]) -> Iterator[tuple[str | None, list[str], list[Run]]]:
+    "Each loop, facts about it, and its runs in their order; a run that belongs to no loop comes with None and no facts."
     loops: dict[str, list[Run]] = {}
     for run in found: loops.setdefault(run.group or run.id, []).append(run)
-    def head(group, steps):
-        if not steps[0].group: return ""
-        ended = max((r.ended_at or "" for r in steps), default="") if all(r.ended_at for r in steps) else None
-        took = _took((datetime.fromisoformat(ended) - datetime.fromisoformat(steps[-1].started_at)).total_seconds()) if ended else ""
-        facts = [f"<b>Loop</b> <code>{_e(group)}</code>", *(_e(steps[0].parameters[k]) for k in ("recipe",) if steps[0].parameters.get(k)), took]
-        return f'<tr class="loop"><th colspan="{len(HEADINGS)}">{" · ".join(f for f in facts if f)}</th></tr>'
-    return "\n".join(f"<tbody>{head(group, steps)}{''.join(map(_row, reversed(steps)))}</tbody>" for group, steps in loops.items())
+    for steps in loops.values():
+        steps.reverse()
+        yield steps[0].group, _loop_facts(steps) if steps[0].group else [], steps
 
+def _loop_facts(steps: list[Run]) -> list[str]:
+    "The recipe of a loop, and how long it took where it has ended."
+    facts, ends = [str(steps[-1].parameters.get("recipe") or "")], [r.ended_at for r in steps if r.ended_at]
+    if len(ends) == len(steps):
+        began = datetime.fromisoformat(steps[0].started_at or "")
+        facts.append(duration((datetime.fromisoformat(max(ends)) - began).total_seconds()))
+    return [f for f in facts if f]
+
+# %% ../../notebooks/library/runs/06_index.ipynb #8f008907
 def write_index() -> Path | None:
-    "Write `outputs/index.html`, the page of the newest runs; returns it, or None where it cannot be written, which is no reason for a run to fail."
+    "Write `outputs/index.html`, the page of the newest runs; returns it, or None where it cannot be written."
     from filelock import FileLock, Timeout
     file = home() / "outputs" / "index.html"
     try:
-        with FileLock(file.with_name(".index.lock"), timeout=5):         # who writes last has read last
+        with FileLock(file.with_name(".index.lock"), timeout=5):
             found = recent(NEWEST + 1)
-            counts = {s: sum(r.status == s for r in found[:NEWEST]) for s in ("running", "failed", "cancelled", "completed")}
-            facts = [f"{n} {status}" for status, n in counts.items() if n] + [f"as of {datetime.now(UTC):%d %B %Y, %H:%M:%S} UTC"]
-            if len(found) > NEWEST: facts.append(f"only the newest {NEWEST} runs are listed here; all are in runs.sqlite")
-            table = "<table><thead><tr>" + "".join(f"<th>{c}</th>" for c in HEADINGS) + f"</tr></thead>\n{_loops(found[:NEWEST])}</table>"
-            return write_atomic(file, f'''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>Runs</title><style>{STYLE}{INDEX}</style></head>
-<body><main><header><h1>Runs</h1><p>{" · ".join(facts)}</p></header>
-{table if found else "<p>No run yet. <code>loopbook loop</code> makes the first ones.</p>"}</main></body></html>
-''')
+            shown: dict[str, Any] = {"facts": _page_facts(found), "groups": list(_grouped(found[:NEWEST]))}
+            return write_atomic(file, _page().render(shown))
     except (OSError, UserError, Timeout): return None
+
+def _page_facts(found: list[Run]) -> list[str]:
+    "How many runs of each status the page lists, as of when, and whether that is all."
+    ended = [run.status for run in found[:NEWEST]]
+    counts = {status: ended.count(status) for status in ("running", "failed", "cancelled", "completed")}
+    facts = [f"{n} {status}" for status, n in counts.items() if n]
+    facts.append(f"as of {datetime.now(UTC):%d %B %Y, %H:%M:%S} UTC")
+    if len(found) > NEWEST: facts.append(f"only the newest {NEWEST} runs are listed here; all are in runs.sqlite")
+    return facts

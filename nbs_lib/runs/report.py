@@ -5,93 +5,68 @@
 # %% ../../notebooks/library/runs/05_report.ipynb #4ebdac20
 from __future__ import annotations
 
-import html
 from datetime import datetime
 from functools import cache
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 
 from ..core.files import write_atomic
 from .records import Run
 
 # %% auto #0
-__all__ = ['POLICY', 'STYLE', 'TEMPLATE', 'write_report', 'warm_up']
+__all__ = ['POLICY', 'WIDGET', 'static_text', 'write_report', 'warm_up']
 
 # %% ../../notebooks/library/runs/05_report.ipynb #1ea9da77
-POLICY = "default-src 'none'; img-src data:; media-src data:; font-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light; --line: #e2e5ea; --quiet: #667085; --good: #067647; --bad: #b42318 }
-body { font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1d2433; background: #f6f7f9; margin: 0 }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 3rem 4rem; background: #fff; min-height: 100vh; box-sizing: border-box }
-header { border-bottom: 1px solid var(--line); padding-bottom: .8rem; margin-bottom: 1.5rem; font-size: .85rem; color: var(--quiet) }
-header b { color: #fff; background: var(--quiet); border-radius: 1rem; padding: .15rem .7rem; margin-right: .6rem }
-header b.completed { background: var(--good) } header b.failed, header b.cancelled { background: var(--bad) }
-header p { margin: .3rem 0 } header .error { color: var(--bad); font-weight: 600; overflow-wrap: anywhere }
-h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 .5em } h1 { margin-top: 0 } a { color: #175cd3 } .anchor-link { display: none }
-blockquote { margin: 0 0 1rem; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--quiet) }
-code, pre { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace } pre { margin: 0; overflow-x: auto }
-p code, li code { background: #f2f4f7; padding: .1rem .3rem; border-radius: .25rem }
-details.code { margin: .4rem 0 } details.code summary { color: var(--quiet); font-size: .75rem; cursor: pointer; user-select: none }
-details.code .highlight { background: #f9fafb; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto }
-.output { overflow-x: auto; margin: .4rem 0 1rem } .output img { max-width: 100%; height: auto } .output pre { max-height: 30rem; overflow: auto }
-.output_stderr pre { color: #7a5d00 } .output_error pre { background: #fef3f2; border-left: 3px solid var(--bad); padding: .6rem .8rem; max-height: none }
-details.how { border: 1px solid var(--line); border-radius: .5rem; padding: .2rem 1rem; margin: 1rem 0 } details.how > summary { color: var(--quiet); cursor: pointer }
-table { border-collapse: collapse; border: 0; font-size: .85rem; margin: .5rem 0 } th, td { padding: .3rem .8rem; border: 0; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child, td:first-child, tbody th, thead tr + tr th { text-align: left } thead th { border-bottom: 2px solid #98a2b3 }
-#failed { border: 2px solid var(--bad); border-radius: .5rem; padding: .3rem .8rem; scroll-margin-top: 1rem }
-.ansi-red-fg, .ansi-red-intense-fg { color: var(--bad) } .ansi-green-fg, .ansi-green-intense-fg { color: var(--good) }
-.ansi-blue-fg, .ansi-blue-intense-fg, .ansi-cyan-fg { color: #175cd3 } .ansi-yellow-fg { color: #93370d } .ansi-bold { font-weight: bold }
-@media print { body, main { background: #fff; padding: 0 } details.code { display: none } .output pre { max-height: none } }
-"""
+POLICY = ("default-src 'none'; img-src data:; media-src data:; font-src data:; "
+          "style-src 'unsafe-inline'; script-src 'unsafe-inline'")
 
-# %% ../../notebooks/library/runs/05_report.ipynb #22db260f
-TEMPLATE = """{%- extends 'base.html.j2' -%}
-{% block header %}<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{{ resources.page.policy }}">
-<title>{{ resources.page.title | e }}</title><style>{{ resources.page.style }}</style></head>
-<body><main><header>{{ resources.page.header }}</header>{% endblock header %}
-{% block footer %}</main><script>document.getElementById("failed")?.scrollIntoView()</script></body></html>
-{% endblock footer %}
-{% block any_cell %}{% if 'first' in cell.metadata.get('how', []) %}<details class="how"><summary>How this step works</summary>{% endif %}
-{%- if 'papermill-error-cell-tag' not in cell.metadata.get('tags', []) %}{{ super() }}{% endif %}
-{%- if 'last' in cell.metadata.get('how', []) %}</details>{% endif %}{% endblock any_cell %}
-{% block codecell %}{% if cell.metadata.get('papermill', {}).get('exception') %}<section id="failed">{{ super() }}</section>{% else %}{{ super() }}{% endif %}{% endblock codecell %}
-{% block in_prompt %}{% endblock in_prompt %}{% block empty_in_prompt %}{% endblock empty_in_prompt %}{% block output_area_prompt %}{% endblock output_area_prompt %}
-{% block input %}{% if cell.source.strip() %}<details class="code"{% if cell.metadata.get('papermill', {}).get('exception') %} open{% endif %}><summary>code
-{%- if cell.execution_count %} [{{ cell.execution_count }}]{% endif %}</summary>{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>{% endif %}{% endblock input %}
-"""
+def static_text(name: str) -> str:
+    "The text of a template or style sheet of this package, named from its folder: `static/report.css`."
+    return (files("nbs_lib.runs") / name).read_text(encoding="utf-8")
 
 # %% ../../notebooks/library/runs/05_report.ipynb #b25514c6
 @cache
 def _exporter():
+    "nbconvert's exporter with our template, and the style of the page."
     from nbconvert.exporters.html import HTMLExporter
     from pygments.formatters import HtmlFormatter
-    exporter = HTMLExporter(template_name="classic", raw_template=TEMPLATE, exclude_output_prompt=True)
-    first = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
-    exporter.config.NbConvertBase.display_data_priority = first           # a widget's text instead of a widget that needs a CDN
-    return exporter, STYLE + HtmlFormatter(style="default").get_style_defs(".highlight")
+    exporter = HTMLExporter(template_name="classic", raw_template=static_text("static/report.html.j2"),
+                            exclude_output_prompt=True)
+    exporter.config.NbConvertBase.display_data_priority = [
+        "text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
+    return exporter, static_text("static/report.css") + HtmlFormatter(style="default").get_style_defs(".highlight")
 
-def _e(text) -> str: return html.escape(str(text))
-
+# %% ../../notebooks/library/runs/05_report.ipynb #1117f2bc
 def _header(run: Run) -> str:
-    "What ran, when, with what, and how it ended."
-    began = datetime.fromisoformat(run.started_at)
-    facts = [f"{began:%d %B %Y, %H:%M} UTC", f"{run.seconds:.1f} s", f"started by {run.trigger}", run.id, run.commit and f"commit {run.commit}"]
-    given = ", ".join(f"<code>{_e(k)} = {_e(repr(v))}</code>" for k, v in run.parameters.items())
-    lines = [f'<b class="{_e(run.status)}">{_e(run.status)}</b>' + " · ".join(_e(f) for f in facts if f)] + ([f"with {given}"] if given else [])
-    if run.error: lines.append(f'<span class="error">{_e(run.error)}</span> <a href="#failed">the cell</a>')
+    "The header of the page of a run, as HTML."
+    facts = [f"{datetime.fromisoformat(run.started_at or ''):%d %B %Y, %H:%M} UTC", f"{run.seconds:.1f} s",
+             f"started by {run.trigger}", run.id, run.commit and f"commit {run.commit}"]
+    status = escape(run.status)
+    lines = [f'<b class="{status}">{status}</b>' + " · ".join(escape(f) for f in facts if f)]
+    given = ", ".join(f"<code>{escape(k)} = {escape(repr(v))}</code>" for k, v in run.parameters.items())
+    if given: lines.append(f"with {given}")
+    if run.error: lines.append(f'<span class="error">{escape(run.error)}</span> <a href="#failed">the cell</a>')
     return "".join(f"<p>{line}</p>" for line in lines)
 
 # %% ../../notebooks/library/runs/05_report.ipynb #c601345f
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+def _first_prose(cells: list, beginning: str = "") -> int | None:
+    "The place of the first Markdown cell that begins so."
+    found = (i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith(beginning))
+    return next(found, None)
+
 def _readable(notebook):
     "The notebook with its explanations marked for folding and without widgets."
     cells = notebook.cells
     for cell in cells:
-        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
-    run = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith("## The run")), 0)
-    title = next((i for i, c in enumerate(cells) if c.cell_type == "markdown"), run) + 1
-    if title < run and not any(c.metadata.get("papermill", {}).get("exception") for c in cells[:run]):
-        for place, cell in (("first", cells[title]), ("last", cells[run - 1])): cell.metadata["how"] = [*cell.metadata.get("how", []), place]
+        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    title, run = _first_prose(cells), _first_prose(cells, "## The run")
+    if title is None or run is None or title + 1 >= run: return notebook
+    if any(c.metadata.get("papermill", {}).get("exception") for c in cells[:run]): return notebook
+    for place, cell in (("first", cells[title + 1]), ("last", cells[run - 1])):
+        cell.metadata["how"] = [*cell.metadata.get("how", []), place]
     return notebook
 
 # %% ../../notebooks/library/runs/05_report.ipynb #1f8c85a5
@@ -100,7 +75,8 @@ def write_report(notebook: Path, run: Run) -> Path:
     import nbformat
     exporter, style = _exporter()
     page = {"title": f"{run.step} · {run.status}", "policy": POLICY, "style": style, "header": _header(run)}
-    body, _ = exporter.from_notebook_node(_readable(nbformat.read(notebook, as_version=4)), resources={"page": page})
+    readable = _readable(nbformat.read(notebook, as_version=4))
+    body, _ = exporter.from_notebook_node(readable, resources={"page": page})
     return write_atomic(Path(notebook).with_suffix(".html"), body)
 
 # %% ../../notebooks/library/runs/05_report.ipynb #764a862e
@@ -108,4 +84,5 @@ def warm_up() -> None:
     "Load what `write_report` needs."
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
     exporter, style = _exporter()
-    exporter.from_notebook_node(new_notebook(cells=[new_markdown_cell("`a`"), new_code_cell("a = 1")]), resources={"page": {}})
+    sample = new_notebook(cells=[new_markdown_cell("`a`"), new_code_cell("a = 1")])
+    exporter.from_notebook_node(sample, resources={"page": {}})

@@ -9,24 +9,27 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
-from collections import Counter
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from ..core.errors import UserError, nearest
-from ..core.files import home, repository, write_atomic
+from ..core.files import home, repository
 from ..core.settings import load_settings
 from . import records
-from .kernels import KernelManager, kill_processes, which_kernel
+from .index import write_index
+from .kernels import kill_processes, which_kernel
 from .messages import secret_names
 from .parameters import checked
 from .records import Run
+from .report import warm_up, write_report
+from .results import tracked_result
 
 # %% auto #0
-__all__ = ['GRACE', 'PRINTED', 'find_notebook', 'Stop', 'AtomicFiles', 'load_papermill', 'run_notebook']
+__all__ = ['GRACE', 'find_notebook', 'Stop', 'run_notebook']
 
 # %% ../../notebooks/library/runs/09_execute.ipynb #5ec43da9
 def find_notebook(name: str | Path) -> Path:
@@ -43,29 +46,28 @@ GRACE = 5    # seconds that an interrupted notebook has to close its files and i
 
 class Stop:
     "The wish to end a run, and why: `cancelled`, or `timed out after … s`."
-    def __init__(self, id: str): self.id, self.reason, self.kernel = id, None, None
+    def __init__(self, id: str):
+        self.id = id
+        self.reason: str | None = None
+        self.kernel: int | None = None                     # the process group of the kernel, once it runs
 
     def __call__(self, reason: str) -> None:
         "Interrupt the kernel, and kill it after a while."
         self.reason = self.reason or reason
-        try: self.kernel and os.killpg(self.kernel, signal.SIGINT)
-        except ProcessLookupError: pass
-        timer = threading.Timer(GRACE, kill_processes, [self.id, self.kernel])
-        timer.daemon = True
-        timer.start()
+        if self.kernel:
+            with suppress(ProcessLookupError): os.killpg(self.kernel, signal.SIGINT)
+        _timer(GRACE, kill_processes, self.id, self.kernel).start()
+
+    def on_signal(self, *_) -> None:
+        "The first signal stops the run, the second does not wait."
+        if not self.reason: self("cancelled")
+        else: kill_processes(self.id, self.kernel)
 
     @contextmanager
     def watching(self, timeout: float | None):
-        "Within, SIGINT, SIGTERM, SIGHUP and the end of `timeout` seconds stop the run; a second signal does not wait."
-        def on_signal(*_):
-            if not self.reason: return self("cancelled")
-            kill_processes(self.id, self.kernel)
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]   # nohup, &
-            before = {s: signal.signal(s, on_signal) for s in wanted}
-        timer = threading.Timer(timeout or 0, self, [f"timed out after {timeout:g} s" if timeout else ""])
-        timer.daemon = True
+        "Within, SIGINT, SIGTERM, SIGHUP and the end of `timeout` seconds stop the run."
+        before = _replace_handlers(self.on_signal)
+        timer = _timer(timeout or 0, self, f"timed out after {timeout or 0:g} s")
         if timeout: timer.start()
         try: yield
         finally:
@@ -73,81 +75,18 @@ class Stop:
             kill_processes(self.id, self.kernel)
             for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../../notebooks/library/runs/09_execute.ipynb #98ab91b2
-PRINTED = 1_000_000    # characters of one cell
+# %% ../../notebooks/library/runs/09_execute.ipynb #c16200a2
+def _replace_handlers(handler: Callable) -> dict[int, object]:
+    "Let `handler` handle what asks a process to end; returns the handlers before."
+    if threading.current_thread() is not threading.main_thread(): return {}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    return {n: signal.signal(n, handler) for n in numbers}
 
-class AtomicFiles:
-    "papermill's reader and writer of absolute paths."
-    def read(self, path): return Path(path).read_text(encoding="utf-8")
-    def write(self, text, path): write_atomic(Path(path), text)
-    def listdir(self, path): return [str(p) for p in Path(path).iterdir()]
-    def pretty_path(self, path): return path
-
-def load_papermill():
-    "Import papermill with the engine `loopbook`, once; returns the module."
-    if "papermill" in sys.modules and "loopbook" in sys.modules["papermill"].engines.papermill_engines._engines: return sys.modules["papermill"]
-    grammar = "rfc3987_syntax"                             # jsonschema would build this grammar for 0.9 s; nothing here needs it
-    absent = grammar not in sys.modules
-    if absent: sys.modules[grammar] = None
-    try: import papermill
-    finally:
-        if absent: del sys.modules[grammar]
-    import logging
-    from nbformat.v4 import new_output
-    from papermill import engines
-    from papermill.clientwrap import PapermillNotebookClient
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)   # what it would say is in the record and the report
-
-    class Client(PapermillNotebookClient):
-        def start_new_kernel(self, **kw):
-            super().start_new_kernel(**kw)
-            self.stop.kernel = self.km.provisioner.pgid
-
-        def output(self, outs, msg, display_id, cell_index):
-            out, before = super().output(outs, msg, display_id, cell_index), self.printed[cell_index]
-            if out and out.output_type == "stream":
-                self.printed[cell_index] += len(out.text)
-                if self.printed[cell_index] > PRINTED:
-                    rest = out.text[:max(PRINTED - before, 0)] + "\n… and more: see log.txt\n"
-                    outs[-1:] = [new_output("stream", name=out.name, text=rest)] if before <= PRINTED else []
-            return out
-
-    class Engine(engines.Engine):
-        @classmethod
-        def execute_managed_notebook(cls, book, kernel_name, *, stop, env, log, on_cell=None, cell_timeout=None, **_):
-            code = [i for i, c in enumerate(book.nb.cells) if c.cell_type == "code"]
-            save = book.save
-            def sparing(**_):                              # papermill saves twice a cell, prose too; once, before code runs, tells as much
-                if (book.now() - book.last_save_time).total_seconds() >= book.autosave_cell_every: save()
-            book.save = sparing
-            def starts(cell, cell_index):
-                if stop.reason: raise KeyboardInterrupt(stop.reason)
-                if cell.cell_type != "code": return
-                save()
-                if on_cell: on_cell(code.index(cell_index) + 1, len(code))
-            client = Client(book, kernel_name=kernel_name, kernel_manager_class=KernelManager, timeout=cell_timeout, startup_timeout=120, iopub_timeout=60,
-                            stdout_file=log, stderr_file=log, store_widget_state=False, on_cell_start=starts)
-            client.stop, client.printed = stop, Counter()
-            client.km = client.create_kernel_manager()
-            client.km.transport_encryption = "auto"
-            client.owns_km = True
-            try: client.execute(env=env, stdout=log.fileno(), stderr=log.fileno())
-            except BaseException as error:
-                cells = [c for c in book.nb.cells if c.cell_type == "code"]
-                if not cells: raise
-                begun = [c for c in cells if c.metadata.papermill.start_time]
-                cell, name, what = (begun or cells)[-1 if begun else 0], type(error).__name__, stop.reason or " ".join(str(error).split())
-                cell.outputs.append(new_output("error", ename=name, evalue=what, traceback=[f"\x1b[31m{name}\x1b[39m: {what}"]))
-                book.cell_exception(cell)
-            finally: del book.save
-            failed = False
-            for cell in book.nb.cells:
-                failed = failed or cell.metadata.papermill.status == book.FAILED
-                if failed and cell.metadata.papermill.status == book.PENDING: cell.metadata.papermill.status = "skipped"
-
-    engines.papermill_engines.register("loopbook", Engine)
-    papermill.iorw.papermill_io.register("/", AtomicFiles())
-    return papermill
+def _timer(seconds: float, do: Callable, *args) -> threading.Timer:
+    "A timer that keeps no process alive."
+    timer = threading.Timer(seconds, do, args)
+    timer.daemon = True
+    return timer
 
 # %% ../../notebooks/library/runs/09_execute.ipynb #61204eda
 def _failure(executed: Path) -> tuple[str | None, str | None]:
@@ -155,76 +94,92 @@ def _failure(executed: Path) -> tuple[str | None, str | None]:
     cells = [c for c in json.loads(executed.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     for number, cell in enumerate(cells, 1):
         if not cell["metadata"].get("papermill", {}).get("exception"): continue
-        error = next((o for o in reversed(cell["outputs"]) if o["output_type"] == "error"), {"ename": "Error", "evalue": ""})
-        text = re.sub(r"\x1b\[[0-9;]*m", "", f"{error['ename']}: {error['evalue']}")
-        if error["ename"] == "SystemExit": text += " (a notebook has to run to its end)"
+        errors = [o for o in cell["outputs"] if o["output_type"] == "error"] or [{"ename": "Error", "evalue": ""}]
+        text = re.sub(r"\x1b\[[0-9;]*m", "", f"{errors[-1]['ename']}: {errors[-1]['evalue']}")
+        if errors[-1]["ename"] == "SystemExit": text += " (a notebook has to run to its end)"
         return f"{number}/{len(cells)}", " ".join(text.split())[:500]
     return None, None
 
-def _result(folder: Path) -> dict:
-    "What the step's tracked run has left in `result.json`; empty where it made none."
-    try: return json.loads((folder / "result.json").read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (OSError, ValueError): return {}
+# %% ../../notebooks/library/runs/09_execute.ipynb #cf762ab7
+def _environment(run: Run, hidden: set[str]) -> dict[str, str]:
+    "The environment of the run's kernel, without the `hidden` variables."
+    ours = {"LOOPBOOK_HOME": str(home()), "LOOPBOOK_RUN_ID": run.id, "LOOPBOOK_RUN_DIR": run.folder,
+            "LOOPBOOK_GROUP": run.group or ""}
+    return {k: v for k, v in os.environ.items() if k not in hidden} | ours
 
-def run_notebook(notebook: str | Path, parameters: dict | None = None, kernel: str | None = None, timeout: float | None = None,
-                 trigger: str = "cli", group: str | None = None, texts: bool = False, fingerprint: str | None = None,
-                 on_cell: Callable[[int, int], None] | None = None) -> Run:
-    """Execute `notebook` (a path or a step's name) with `parameters` for at most `timeout` seconds; returns its record.
+def _executed(run: Run) -> Path: return Path(run.folder) / f"{run.step}.ipynb"
 
-    `texts`: the parameters are texts from a command line. `on_cell(n, of)` is called before each code cell.
-    How the notebook ended is told by the record; raises `UserError` for what is wrong before the start."""
-    from nbs_lib.runs.index import write_index
-    from nbs_lib.runs.report import warm_up, write_report
+def _run_cells(
+    run: Run,                                      # whose notebook is run
+    env: dict[str, str],                           # its kernel's environment
+    stop: Stop,                                    # what may end it before its time
+    log: TextIO,                                   # into which the outputs stream
+    on_cell: Callable[[int, int], None] | None,    # called before each code cell: its number from 1, of how many
+) -> dict:                                         # status, cell and error of its record
+    "Run the cells, and say how they ended."
+    from nbs_lib.runs.papermill_engine import execute_cells
+    def progress(number: int, of: int) -> None:
+        records.update(run.id, cell=f"{number}/{of}")
+        if on_cell: on_cell(number, of)
+    notebook, executed, steps = Path(run.notebook), _executed(run), repository() / "notebooks"
+    beyond = execute_cells(notebook, executed, run.parameters, kernel_name=run.kernel, stop=stop, env=env, log=log,
+                           cwd=steps if notebook.is_relative_to(steps) else notebook.parent, on_cell=progress)
+    cell, error = _failure(executed) if executed.exists() else (None, None)
+    error = stop.reason or beyond or error
+    status = "cancelled" if stop.reason == "cancelled" else "failed" if error else "completed"
+    return {"status": status, "cell": cell, "error": error}
+
+# %% ../../notebooks/library/runs/09_execute.ipynb #d6d16fbc
+def _attach(files: list[Path], run: Run) -> None:
+    "Attach `files` to the tracked run, where the notebook made one."
+    from nbs_lib.tracking.tracker import open_tracker
+    if not (tracked := tracked_result(Path(run.folder)).get("run")): return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        status = "completed" if run.status == "completed" else "failed"
+        try: open_tracker(load_settings()).attach(tracked["id"], files, status)
+        except Exception as error:
+            warnings.warn(f"not attached to the tracked run: {type(error).__name__}: {error}", stacklevel=1)
+    with open(Path(run.folder) / "log.txt", "a", encoding="utf-8") as log:
+        for warning in caught: print(warning.message, file=log)
+
+# %% ../../notebooks/library/runs/09_execute.ipynb #44bd3538
+def _prepare() -> None:
+    write_index()
+    warm_up()
+
+def run_notebook(
+    notebook: str | Path,                                # a path, or the name of a step
+    parameters: dict | None = None,                      # values for its `parameters` cell
+    kernel: str | None = None,                           # of Jupyter; None: the notebook's own
+    timeout: float | None = None,                        # seconds after which it is stopped, more than 0; None: never
+    trigger: str = "cli",                                # who or what starts it
+    group: str | None = None,                            # the loop that it belongs to
+    texts: bool = False,                                 # the values are texts from a command line, to be read
+    fingerprint: str | None = None,                      # digest of all that the result depends on
+    on_cell: Callable[[int, int], None] | None = None,   # called before each code cell: its number from 1, of how many
+) -> Run:                                                # its record, which tells how it ended
+    "Execute a notebook; raises `UserError` for what is wrong before the start."
     notebook = find_notebook(notebook)
     parameters = checked(notebook, parameters or {}, texts)
     kernel = which_kernel(notebook, kernel)
     if timeout is not None and timeout <= 0: raise UserError(f"timeout {timeout:g}: must be more than 0 seconds")
-    papermill = load_papermill()
     hidden = secret_names(load_settings())
+    from nbs_lib.runs import papermill_engine  # noqa: F401 - loaded before the clock and the thread start
     run = records.begin(notebook, parameters=parameters, kernel=kernel, trigger=trigger, group=group, fingerprint=fingerprint)
-    folder, stop = Path(run.folder), Stop(run.id)
-    executed, place = folder / f"{run.step}.ipynb", repository() / "notebooks"
-    env = {k: v for k, v in os.environ.items() if k not in hidden} | {"LOOPBOOK_HOME": str(home()), "LOOPBOOK_RUN_ID": run.id, "LOOPBOOK_RUN_DIR": run.folder, "LOOPBOOK_GROUP": group or ""}
-    def progress(number, of):
-        records.update(run.id, cell=f"{number}/{of}")
-        if on_cell: on_cell(number, of)
-    outcome = {"status": "failed", "error": "stopped before its first cell"}
+    stop, outcome = Stop(run.id), {"status": "failed", "error": "stopped before its first cell"}
+    preparing = threading.Thread(target=_prepare, daemon=True)
     try:
-        with open(folder / "log.txt", "a", encoding="utf-8") as log, stop.watching(timeout):
-            warming = threading.Thread(target=lambda: (write_index(), warm_up()), daemon=True)
-            warming.start()
-            try:
-                papermill.execute_notebook(
-                    str(notebook).replace("{", "{{").replace("}", "}}"), str(executed).replace("{", "{{").replace("}", "}}"), parameters,
-                    engine_name="loopbook", kernel_name=kernel, language="python", progress_bar=False, autosave_cell_every=5,
-                    cwd=place if notebook.is_relative_to(place) else notebook.parent, stop=stop, env=env, log=log, on_cell=progress)
-                raised = None
-            except papermill.PapermillExecutionError as error: raised = None if executed.exists() else str(error)
-            except Exception as error: raised = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-            cell, error = _failure(executed) if executed.exists() else (None, None)
-            error = raised or error
-            outcome = {"status": "failed" if error else "completed", "cell": cell, "error": error}
-            if stop.reason: outcome |= {"status": "cancelled" if stop.reason == "cancelled" else "failed", "error": stop.reason}
+        with open(Path(run.folder) / "log.txt", "a", encoding="utf-8") as log, stop.watching(timeout):
+            preparing.start()
+            outcome = _run_cells(run, _environment(run, hidden), stop, log, on_cell)
             if outcome["error"]: print(f"\n{outcome['error']}", file=log)
-        result = _result(folder)
+        result = tracked_result(Path(run.folder))
         outcome |= {k: result[k] for k in ("inputs", "outputs", "summary") if result.get(k)}
-        if executed.exists():
-            warming.join()
+        if _executed(run).exists():
+            preparing.join()
             ended = Run(**vars(run) | outcome | {"ended_at": records.now()})
-            _keep([executed, write_report(executed, ended)], result, ended)
+            _attach([_executed(run), write_report(_executed(run), ended)], ended)
     finally: run = records.finish(run.id, **outcome)
     write_index()
     return run
-
-def _keep(files: list[Path], result: dict, run: Run) -> None:
-    "Attach `files` to the tracked run, where the notebook made one; a tracker that fails is noted in the log and does not fail the run."
-    if not result.get("run"): return
-    import warnings
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            from nbs_lib.tracking.tracker import open_tracker
-            open_tracker(load_settings()).attach(result["run"]["id"], files, "completed" if run.status == "completed" else "failed")
-        except Exception as error: warnings.warn(f"not attached to the tracked run: {type(error).__name__}: {error}", stacklevel=1)
-    with open(Path(run.folder) / "log.txt", "a", encoding="utf-8") as log:
-        for warning in said: print(warning.message, file=log)

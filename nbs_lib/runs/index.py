@@ -49,7 +49,7 @@ def _page():
 
 # %% ../../notebooks/library/runs/06_index.ipynb #885d17a4
 def _grouped(found: Iterable[Run]) -> Iterator[tuple[str | None, list[str], list[Run]]]:
-    "Each loop, facts about it, and its runs in their order; a run that belongs to no loop comes with None and no facts."
+    "Each loop, facts about it, and its runs in their order; a run of no loop comes with None and no facts."
     loops: dict[str, list[Run]] = {}
     for run in found: loops.setdefault(run.group or run.id, []).append(run)
     for steps in loops.values():

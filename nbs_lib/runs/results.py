@@ -5,11 +5,19 @@
 # %% ../../notebooks/library/runs/02_results.ipynb #1f586a57
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['Judged', 'ReasonCount', 'Merged']
+__all__ = ['tracked_result', 'Judged', 'ReasonCount', 'Merged']
+
+# %% ../../notebooks/library/runs/02_results.ipynb #ef9662f8
+def tracked_result(folder: Path) -> dict:
+    "What the tracked run has left in the `folder` of a run; empty where there was none. What is no number is None."
+    try: return json.loads((folder / "result.json").read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except (OSError, ValueError): return {}
 
 # %% ../../notebooks/library/runs/02_results.ipynb #75d66204
 def _fields_in(summary: dict, kind: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from .engine import Engine, Plan, choose
 from .features import embed
 
 # %% auto #0
-__all__ = ['FORMAT', 'Network', 'Body', 'softmax', 'fit_temperature', 'save_model', 'read_card', 'load_network', 'Classifier',
-           'load_model', 'predict_dataset']
+__all__ = ['MODEL_FORMAT', 'Network', 'Body', 'softmax', 'fit_temperature', 'save_model', 'read_card', 'load_network',
+           'Classifier', 'load_model', 'predict_dataset']
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #f2c4eb21
 class Network(torch.nn.Module):
@@ -67,14 +67,14 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #c95cc2e3
-FORMAT = 1
+MODEL_FORMAT = 1
 
 def save_model(folder: Path, network: Network, how: Preprocessing, card: dict) -> Path:
     "Write `model.safetensors` and `model.json`; `card` adds backbone, temperature, dataset, parameters and metrics."
     from safetensors.torch import save
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     write_atomic(folder / "model.safetensors", save(tensors))
-    card = {"format": FORMAT, **card, "preprocessing": asdict(how), "targets": network.targets}
+    card = {"format": MODEL_FORMAT, **card, "preprocessing": asdict(how), "targets": network.targets}
     write_atomic(folder / "model.json", json.dumps(card, indent=1, ensure_ascii=False))
     return folder
 
@@ -83,7 +83,7 @@ def read_card(folder: Path) -> dict:
     file = Path(folder) / "model.json"
     try: card = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error: raise UserError(f"{file}: not a model card ({error}); name a folder that holds a model version") from None
-    if card.get("format") != FORMAT: raise UserError(f"{file}: format {card.get('format')!r}, this Loopbook reads {FORMAT}; update Loopbook or train again")
+    if card.get("format") != MODEL_FORMAT: raise UserError(f"{file}: format {card.get('format')!r}, this Loopbook reads {MODEL_FORMAT}; update Loopbook or train again")
     return card
 
 def load_network(folder: Path) -> tuple[Network, Preprocessing, dict]:

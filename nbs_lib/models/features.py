@@ -11,9 +11,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..core.parallel import batches, parallel
-from ..core.vectors import FeatureCache
+from ..core.vectors import VectorCache
 from ..data.images import Preprocessing, stack
-from .engine import Engine, Plan, fingerprint
+from .engine import Engine, Plan, network_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ def run_network(engine: Engine, how: Preprocessing, images: Iterable[tuple[str, 
 def embed(network: torch.nn.Module, how: Preprocessing, plan: Plan, dataset, ids: Sequence[str], batch_size: int = 32) -> tuple[np.ndarray, int]:
     "The outputs of `network` for images of `dataset`: float32 (n, d) in the order of `ids`, and how many were computed now."
     from tqdm.auto import tqdm
-    cache = FeatureCache([fingerprint(network), asdict(how), plan.engine, plan.precision], "float32" if plan.precision == "fp32" else "float16")
+    cache = VectorCache([network_digest(network), asdict(how), plan.engine, plan.precision], "float32" if plan.precision == "fp32" else "float16")
     known = cache.known()
     missing = [i for i in dict.fromkeys(ids) if i not in known]
     if missing:

@@ -15,7 +15,8 @@ from typing import TypeVar
 __all__ = ['T', 'R', 'batches', 'parallel']
 
 # %% ../../notebooks/library/core/04_parallel.ipynb #92ced9c9
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     "`items` in lists of `size`, the last one shorter."

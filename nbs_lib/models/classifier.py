@@ -25,7 +25,7 @@ from .features import embed
 
 # %% auto #0
 __all__ = ['FORMAT', 'Network', 'Body', 'softmax', 'fit_temperature', 'save_model', 'read_card', 'load_network', 'Classifier',
-           'load_model', 'predict_dataset']
+           'load_model', 'predict_dataset', 'logits_of']
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #f2c4eb21
 class Network(torch.nn.Module):
@@ -153,3 +153,11 @@ def predict_dataset(model: Classifier, dataset, ids: Sequence[str], batch_size: 
     "Calibrated probabilities (n, classes) for each target, in the order of `ids`, and how many images had to be computed."
     features, computed = embed(model.network.body, model.how, model.plan, dataset, ids, batch_size)
     return model.split(model.logits(features.reshape(len(ids), len(model._weight)))), computed
+
+# %% ../../notebooks/library/models/03_classifier.ipynb #6c1f8e02
+def logits_of(model: Classifier, dataset, ids: Sequence[str], batch_size: int = 32) -> tuple[dict[str, np.ndarray], int]:
+    "Uncalibrated logits float32 (n, classes) for each target, in the order of `ids`, and how many images had to be computed."
+    features, computed = embed(model.network.body, model.how, model.plan, dataset, ids, batch_size)
+    logits = model.logits(features.reshape(len(ids), len(model._weight)))
+    edges = np.cumsum([len(c) for c in model.targets.values()])[:-1]
+    return dict(zip(model.targets, np.split(logits, edges, axis=1), strict=True)), computed

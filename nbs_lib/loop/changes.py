@@ -80,8 +80,8 @@ def present(of: Iterable[str], recipe: str, settings: Settings, source: str | No
     `source` or of what the recipe names, None where only reading can tell."""
     found: dict[str, str | int | None] = {}
     if "feedback" in of:
-        from nbs_lib.feedback.store import words_said
-        found["feedback"] = words_said(recipe, settings)
+        from nbs_lib.feedback.database import last_word
+        found["feedback"] = last_word(recipe, settings)
     if "dataset" in of:
         version = tracker.resolve(dataset_of(recipe))
         found["dataset"] = version and version.ref

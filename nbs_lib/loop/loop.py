@@ -47,10 +47,11 @@ def run_loop(recipe: str | None = None, source: str | None = None, force: bool =
     if source is not None: settings = settings.model_copy(update={"recipes": settings.recipes | {name: settings.recipes[name].model_copy(update={"source": source})}})
     group, steps = records.new_id("loop"), []
     with writer(f"{group} of {name}", wait=False), warm_kernels(*PRELOADED):
+        from nbs_lib.feedback.database import has_feedback
         from nbs_lib.tracking.tracker import open_tracker
         tracker = open_tracker(settings)
         for step in STEPS:
-            if step.reads_feedback and not (settings.home / "data" / "feedback" / name).exists(): continue
+            if step.reads_feedback and not has_feedback(settings, name): continue
             notebook, parameters = find_notebook(step.notebook), {"recipe": name} | ({"source": source} if step.reads_source and source else {})
             if on_step: on_step(records.step_name(notebook), None)
             mark = fingerprint(step, notebook, parameters, settings, tracker)

@@ -55,7 +55,7 @@ def clock():
 def go(daemon: Daemon, clock, seconds: float, status: str = "completed", reason: str | None = None) -> None:
     "What is due at once ends as `status`; then time passes."
     daemon.plan()
-    for slot in slots.due(datetime.now(UTC)): slots.finish(slots.claim(slot, datetime.now(UTC)).token, status, reason)
+    for slot in slots.due(datetime.now(UTC)): slots.end_attempt(slots.claim(slot, datetime.now(UTC)).token, status, reason)
     clock.shift(seconds)
 
 

@@ -18,7 +18,7 @@ from nbs_lib.core.errors import UserError
 from nbs_lib.runs import records
 from nbs_lib.runs.writer import writer
 from nbs_lib.schedule import attempts, slots
-from nbs_lib.schedule.daemon import Daemon, overview, run_now
+from nbs_lib.schedule.daemon import Daemon, job_table, run_now
 from nbs_lib.schedule.jobs import Job
 
 
@@ -56,9 +56,9 @@ def test_too_many_failures_in_a_row_pause_a_job(here, clock):
         go(daemon, clock, 0, status, "no network")
         return len(planned())
     assert [slot_that_is(s) for s in ("failed", "completed", "failed", "failed", "completed", "completed")] == [1, 2, 3, 4, 4, 4]
-    assert slots.states()["fails"].paused == "failed 2 times in a row, the last time: no network" and overview()[0]["next"] is None
+    assert slots.states()["fails"].paused == "failed 2 times in a row, the last time: no network" and job_table()[0]["next"] is None
     slots.resume("fails", datetime.now(UTC))
-    assert [slot_that_is("completed") for _ in range(2)] == [5, 6] and overview()[0]["next"]
+    assert [slot_that_is("completed") for _ in range(2)] == [5, 6] and job_table()[0]["next"]
     with pytest.raises(UserError, match="did you mean 'fails'"): slots.resume("fail", START)
 
 
@@ -116,7 +116,7 @@ def test_who_writes_waits_visibly_and_who_reads_does_not(here):
     for name, keys in (("writes", {"notebook": "train.ipynb"}), ("reads", {})): define(here, name, every="1d", **keys)
     daemon, now = Daemon(lambda line: None), datetime.now(UTC)
     daemon.plan()
-    for name in ("writes", "reads"): slots.add(daemon.folder.jobs[name], now)
+    for name in ("writes", "reads"): slots.add_slot(daemon.folder.jobs[name], now)
     other = "import sys; from nbs_lib.runs.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         holder.stdout.readline()
@@ -125,7 +125,7 @@ def test_who_writes_waits_visibly_and_who_reads_does_not(here):
         daemon.launch()
         [waiting] = slots.history(job="writes")
         assert waiting.status == "due" and "waits: the loop of somebody" in waiting.reason
-        assert "the loop of somebody" in next(r for r in overview() if r["job"] == "writes")["reason"]
+        assert "the loop of somebody" in next(r for r in job_table() if r["job"] == "writes")["reason"]
         holder.stdin.close()
         holder.wait()
         daemon.launch()

@@ -8,7 +8,7 @@ from test_loop import steps  # noqa: F401  a fixture
 
 from nbs_lib.core.errors import UserError
 from nbs_lib.schedule import slots
-from nbs_lib.schedule.daemon import Daemon, Folder, overview
+from nbs_lib.schedule.daemon import Daemon, Folder, job_table
 
 # when
 
@@ -106,7 +106,7 @@ def test_a_run_that_is_still_going_is_not_started_again(here, clock):
     clock.shift(300)
     daemon.plan()
     assert planned() == [("11-21T10:05", "running"), ("11-21T10:10", "missed")] and "10:05:00Z was not over" in slots.history()[0].reason
-    slots.finish(token, "completed")
+    slots.end_attempt(token, "completed")
     clock.shift(300)
     daemon.plan()
     assert planned()[-1] == ("11-21T10:15", "due")
@@ -128,7 +128,7 @@ def test_files_are_read_again_and_mistakes_are_told(here, clock):
     again = Daemon(said.append)
     again.plan()
     assert again.folder.jobs["a"].every == 300, "its last good version, also after a restart"
-    assert [(r["job"], bool(r["problem"])) for r in overview()] == [("a", True), ("broken", True)]
+    assert [(r["job"], bool(r["problem"])) for r in job_table()] == [("a", True), ("broken", True)]
     file.write_text("notebook: hello.ipynb\nevery: 1h\n")
     daemon.plan()
     assert daemon.folder.jobs["a"].every == 3600 and "a" not in daemon.folder.problems

@@ -64,8 +64,8 @@ def test_the_digest_is_readable_with_and_without_anything_to_tell(here, with_dat
     if with_data:
         run_notebook(here / "bad.ipynb")
         slots.sync([Job(name="sick", notebook="bad.ipynb", every="1h")], START)
-        slot = slots.claim(slots.add(Job(name="sick", notebook="bad.ipynb", every="1h"), START), START)
-        slots.finish(slot.token, "failed", "no network")
+        slot = slots.claim(slots.add_slot(Job(name="sick", notebook="bad.ipynb", every="1h"), START), START)
+        slots.end_attempt(slot.token, "failed", "no network")
     run = run_notebook("digest")
     assert run.status == "completed", run.error
     page = (Path(run.folder) / "digest.html").read_text()

@@ -30,12 +30,12 @@ def schedule(once: Annotated[bool, typer.Option("--once", help="Run what is due,
     from datetime import UTC, datetime
 
     from nbs_lib.schedule import slots
-    from nbs_lib.schedule.daemon import Daemon, overview
+    from nbs_lib.schedule.daemon import Daemon, job_table
     from nbs_lib.core.files import home
     if resume:
         slots.resume(resume, datetime.now(UTC))
         return print(f"{resume} runs again from its next slot on")
-    if show: return _show(overview(), as_json)
+    if show: return _show(job_table(), as_json)
     daemon = Daemon(_say)
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: daemon.quit.set())
     if not once: _say(f"the jobs of {home() / 'scheduled'}; stop with Ctrl-C")
@@ -44,12 +44,12 @@ def schedule(once: Annotated[bool, typer.Option("--once", help="Run what is due,
     if once: ended("failed" if any(s.status in ("failed", "due") for s in found) else "completed")
 
 def _show(jobs: list[dict], as_json: bool) -> None:
-    from nbs_lib.schedule.daemon import awake, short
+    from nbs_lib.schedule.daemon import daemon_is_running, short_time
     if as_json: return print_json(jobs)
     table(["job", "when", "next (UTC)", "last (UTC)", "status", ""],
-          [(j["job"], j["timing"], short(j["next"]), short(j["last"]), j["status"],
+          [(j["job"], j["timing"], short_time(j["next"]), short_time(j["last"]), j["status"],
             f"paused: {j['paused']}" if j["paused"] else j["problem"] or j["reason"]) for j in jobs])
-    if not awake(): print("no daemon is running here; `loopbook schedule` starts one")
+    if not daemon_is_running(): print("no daemon is running here; `loopbook schedule` starts one")
 
 # %% ../../notebooks/library/cli/04_schedule.ipynb #da8fab43
 @app.command(epilog="Examples:  loopbook watch --once  ·  loopbook watch --interval 600  ·  loopbook watch --force")

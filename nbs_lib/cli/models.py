@@ -36,7 +36,8 @@ def _versions(type: str, as_json: bool, columns: dict[str, Callable]) -> None:
 @app.command(epilog="Examples:  loopbook datasets  ·  loopbook datasets --json")
 def datasets(as_json: Json = False):
     "List the dataset versions, newest first."
-    _versions("dataset", as_json, {"rows": lambda m: m.get("rows"), "targets": lambda m: ", ".join(m.get("targets") or [])})
+    def targets(metadata): return ", ".join(f"{t} ({n})" for t, n in (metadata.get("classes") or {}).items())
+    _versions("dataset", as_json, {"rows": lambda m: m.get("rows"), "targets (classes)": targets})
 
 # %% ../../notebooks/library/cli/02_models.ipynb #9df2e108
 @app.command(epilog="Examples:  loopbook models  ·  loopbook models --json")

@@ -59,8 +59,10 @@ def steps(home, tmp_path, monkeypatch):
     (home / "rows.txt").write_text("1 2 3")
     (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n")
     table = (Step(write("30_fetch.ipynb", FETCH), keys=("source", "images")),
-             Step(write("31_fit.ipynb", FIT, "recipe: str = ''\nrate: float = 1.0"), inputs=("{recipe}-dataset:latest",), keys=("epochs",)),
-             Step(write("41_judge.ipynb", JUDGE), inputs=("{recipe}-dataset:latest", "{recipe}-model:candidate"), sections=("gate",)))
+             Step(write("31_fit.ipynb", FIT, "recipe: str = ''\nrate: float = 1.0"),
+                  inputs=("{recipe}-dataset:latest",), keys=("epochs",)),
+             Step(write("41_judge.ipynb", JUDGE), inputs=("{recipe}-dataset:latest", "{recipe}-model:candidate"),
+                  sections=("gate",)))
     monkeypatch.setattr(loops, "STEPS", table)
     forget_trackio()
     yield write
@@ -75,14 +77,16 @@ def test_skips_what_has_not_changed(steps, home, monkeypatch):
     first = run_loop(on_step=lambda name, run: seen.append((name, run and run.status)))
     assert statuses(first) == ["completed"] * 3 and first.status == "completed", [r.error for r in first.steps]
     assert seen == [(n, s) for n in ("fetch", "fit", "judge") for s in (None, "completed")]
-    assert {r.group for r in first.steps} == {first.group} == {r.group for r in records.recent()} and first.recipe == "faces"
+    assert {r.group for r in first.steps} == {first.group} == {r.group
+                                                               for r in records.recent()} and first.recipe == "faces"
     assert first.steps[1].inputs == first.steps[0].outputs != []
 
     again = run_loop()
     assert statuses(again) == ["skipped"] * 3 and len(records.recent()) == 3
     assert again.steps[2].summary == first.steps[2].summary
 
-    promote(open_tracker(), "faces-model", "candidate")             # by hand: the loop does not mind, and so does not undo it
+    # by hand: the loop does not mind, and so does not undo it
+    promote(open_tracker(), "faces-model", "candidate")
     assert statuses(run_loop()) == ["skipped"] * 3
     (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n[gate]\nmin_accuracy = 0.5\n")
     assert statuses(run_loop()) == ["skipped", "skipped", "completed"]
@@ -90,7 +94,8 @@ def test_skips_what_has_not_changed(steps, home, monkeypatch):
     assert statuses(run_loop()) == ["skipped", "completed", "skipped"]
     steps("31_fit.ipynb", FIT, "recipe: str = ''\nrate: float = 2.0")
     assert statuses(run_loop()) == ["skipped", "completed", "completed"]
-    assert done_before(loops.STEPS[0].notebook, {"recipe": "birds"}, records.last_success(loops.STEPS[0].notebook).fingerprint, open_tracker()) is None
+    assert done_before(loops.STEPS[0].notebook, {"recipe": "birds"},
+                       records.last_success(loops.STEPS[0].notebook).fingerprint, open_tracker()) is None
 
     shutil.rmtree(home / "data" / "tracking")
     forget_trackio()
@@ -104,7 +109,8 @@ def test_unknown_recipe(home):
 def test_stops_at_the_first_failure_and_goes_on_from_there(steps):
     steps("31_fit.ipynb", "raise OSError('no space')")
     loop = run_loop()
-    assert statuses(loop) == ["completed", "failed"] and loop.status == "failed" and loop.steps[1].error == "OSError: no space"
+    assert statuses(loop) == ["completed",
+                              "failed"] and loop.status == "failed" and loop.steps[1].error == "OSError: no space"
     steps("31_fit.ipynb", FIT, "recipe: str = ''\nrate: float = 1.0")
     assert statuses(run_loop()) == ["skipped", "completed", "completed"]
 
@@ -174,7 +180,8 @@ def checkout(tmp_path_factory):
     def copy():
         folder = tmp_path_factory.mktemp("checkout")
         for name in ("notebooks", "nbs_lib"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(ROOT / name, folder / name,
+                            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
         return folder
     return copy
 
@@ -182,7 +189,8 @@ def checkout(tmp_path_factory):
 def said(checkout: Path, code: str, *words: str, **env: str):
     "What the code, run in that checkout, has printed as JSON."
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TRACKIO_"))} | env
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=checkout, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=checkout, capture_output=True, text=True,
+                          timeout=300,
                           env=clean | {"PYTHONPATH": str(checkout)})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -209,7 +217,8 @@ print(json.dumps(changed))
 def test_an_edit_runs_those_steps_again_that_use_what_was_edited(checkout):
     labelling = [f for f in (ROOT / "nbs_lib" / "labelling").rglob("*") if f.suffix in (".py", ".js", ".css")]
     outside = [f.relative_to(ROOT).as_posix() for f in labelling]
-    outside += [f"nbs_lib/{name}.py" for name in ("runs/messages", "cli/main", "web/label_page", "schedule/daemon", "loop/loop")]
+    outside += [f"nbs_lib/{name}.py" for name in ("runs/messages", "cli/main", "web/label_page", "schedule/daemon",
+                                                  "loop/loop")]
     everywhere = ["download", "merge", "train", "evaluate"]
     inside = {"nbs_lib/data/images.py": everywhere, "nbs_lib/feedback/merge.py": ["merge"],
               "nbs_lib/models/head.py": ["train"], "nbs_lib/evaluation/gate.py": ["evaluate"]}
@@ -231,10 +240,12 @@ def test_the_closure_has_imports_inside_functions_those_by_string_and_files_that
     probe = place / "nbs_lib" / "probe"
     probe.mkdir()
     (probe / "__init__.py").touch()
-    (probe / "first.py").write_text("from .relative import x\nPAGE = 'page.html'\ndef f():\n    from nbs_lib.probe import inside\n    return inside\n")
+    (probe / "first.py").write_text("from .relative import x\nPAGE = 'page.html'\ndef f():\n    from nbs_lib.probe "
+                                    "import inside\n    return inside\n")
     (probe / "inside.py").write_text("ENGINE = 'nbs_lib.probe.by_string:Engine'\n")
     (probe / "by_string.py").write_text("import nbs_lib.probe.plain\nTABLE = 'static/table.csv'\n")
-    for name in ("relative.py", "plain.py", "unused.py", "page.html", "unused.html"): (probe / name).write_text("x = 1\n")
+    for name in ("relative.py", "plain.py", "unused.py", "page.html", "unused.html"):
+        (probe / name).write_text("x = 1\n")
     (probe / "static").mkdir()
     (probe / "static" / "table.csv").write_text("a,b\n")
     cells = [new_code_cell("%matplotlib inline"), new_code_cell("from nbs_lib.probe.first import f")]
@@ -273,14 +284,17 @@ def test_what_one_checkout_has_done_is_done_in_another_of_the_same_home(checkout
 def test_records_of_a_time_when_steps_were_known_by_their_path(home):
     (home / "outputs").mkdir()
     columns = [c for c in records.Run.__dataclass_fields__ if c != "known_as"]
-    row = dict.fromkeys(columns) | {"status": "completed", "inputs": "[]", "outputs": "[]", "summary": "{}", "parameters": '{"recipe": "faces"}'}
+    row = dict.fromkeys(columns) | {"status": "completed", "inputs": "[]", "outputs": "[]", "summary": "{}",
+                                    "parameters": '{"recipe": "faces"}'}
     with sqlite3.connect(home / "outputs" / "runs.sqlite") as db:
         db.execute("create table runs (" + ", ".join(f'"{c}"' for c in columns) + ", primary key (id))")
         for n, notebook in enumerate(("/old/checkout/notebooks/33_train.ipynb", "/somewhere/my.ipynb")):
-            values = row | {"id": f"2026-{n}", "notebook": notebook, "folder": str(home / "outputs" / str(n)), "started_at": f"2026-11-2{n}T05:30:00.000+00:00"}
+            values = row | {"id": f"2026-{n}", "notebook": notebook, "folder": str(home / "outputs" / str(n)),
+                            "started_at": f"2026-11-2{n}T05:30:00.000+00:00"}
             db.execute(f"insert into runs values ({', '.join('?' * len(values))})", list(values.values()))
     db.close()
     assert [r.known_as for r in records.recent()] == ["/somewhere/my.ipynb", "train"]
     train = ROOT / "notebooks" / "20_train.ipynb"
-    assert records.last_success(train, recipe="faces").id == "2026-0" and records.last_success(train, recipe="birds") is None
+    assert records.last_success(train, recipe="faces").id == "2026-0" and records.last_success(train,
+                                                                                               recipe="birds") is None
     assert records.begin(train).known_as == "train" and len(records.recent(known_as="train")) == 2

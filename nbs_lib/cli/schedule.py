@@ -83,10 +83,11 @@ def _look_and_loop(job, force: bool):
     from nbs_lib.schedule.attempts import attempt
     began = records.now()
     if force: job = job.model_copy(update={"parameters": job.parameters | {"force": True}})
-    def told(reason): reason and _say(f"waits: {reason}")
-    with progress() as (on_step, on_cell): found = attempt(job, "watch", told, slots.recall(job), on_step=on_step, on_cell=on_cell)
+    def on_wait(reason):
+        if reason: _say(f"waits: {reason}")
+    with progress() as (on_step, on_cell): found = attempt(job, "watch", on_wait, slots.recall(job), on_step, on_cell)
     if found.mark: slots.remember(job, found.mark)
-    for run in reversed([r for r in records.recent(20, trigger="watch") if r.started_at >= began]):
+    for run in reversed([r for r in records.recent(20, trigger="watch") if (r.started_at or "") >= began]):
         for message in messages(run): notify(**message)
     return found
 
@@ -96,7 +97,9 @@ def prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list wha
     "Delete old outputs, versions and caches, as \\[retention] in settings.ini says; never what production came from."
     from nbs_lib.schedule.retention import prune
     found = prune(dry_run)
-    if as_json: return print_json({"dry_run": dry_run, "bytes": found.bytes, "items": [vars(i) for i in found.items], "notes": found.notes})
-    if found.items: table(["", "would go" if dry_run else "gone", "MB"], [(i.kind, i.name, f"{i.bytes / 1e6:.1f}" if i.path else "") for i in found.items])
-    print(f"{'would go' if dry_run else 'gone'}: {len(found.items)} things, {found.bytes / 1e6:.1f} MB")
+    if as_json:
+        return print_json({"dry_run": dry_run, "bytes": found.bytes, "items": [vars(i) for i in found.items], "notes": found.notes})
+    verb = "would go" if dry_run else "gone"
+    if found.items: table(["", verb, "MB"], [(i.kind, i.name, f"{i.bytes / 1e6:.1f}" if i.path else "") for i in found.items])
+    print(f"{verb}: {len(found.items)} things, {found.bytes / 1e6:.1f} MB")
     for note in found.notes: print(note, file=sys.stderr)

@@ -88,8 +88,9 @@ class WandbRun:
         wandb = import_wandb(backend.settings.home)
         quiet = wandb.Settings(
             root_dir=str(backend.settings.home / "data"), silent=True, console="off",
-            save_code=False, disable_code=True, disable_git=True, disable_job_creation=True, x_disable_meta=True, x_disable_stats=True,
-            x_disable_machine_info=True, x_save_requirements=False, init_timeout=30,
+            save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
+            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True,
+            x_save_requirements=False, init_timeout=30,
             x_transaction_log_flush_interval=1.0)  # so that a killed process leaves a recording
         self._backend, self._wandb, self.id = backend, wandb, id
         with wandb_errors():

@@ -126,6 +126,12 @@ def alert(
     project = self._backend.project
     self._backend.storage.bulk_alert(project, self.id, [title], [text], [level], [None], run_id=self.id)
 
+# %% ../../notebooks/library/tracking/01_trackio_store.ipynb #4a237a98
+def _version_of(found: dict) -> Version:
+    "What Trackio has of a version, as a `Version`."
+    return Version(found["name"], f"v{found['version']}", found["type"], tuple(sorted(found["aliases"])),
+                   found["metadata"] or {}, found["size_bytes"], utc(found["created_at"]), found["manifest_digest"])
+
 # %% ../../notebooks/library/tracking/01_trackio_store.ipynb #7d573d5d
 class TrackioBackend:
     "Runs and artifacts of a project in `data/tracking` of the home."
@@ -177,10 +183,6 @@ class TrackioBackend:
         "Path in the artifact -> stored file, of a version that exists."
         from trackio import cas
         return {e["path"]: cas.blob_path(self.project, e["digest"]) for e in self._manifest(ref)["manifest"]}
-
-def _version_of(found: dict) -> Version:
-    return Version(found["name"], f"v{found['version']}", found["type"], tuple(sorted(found["aliases"])),
-                   found["metadata"] or {}, found["size_bytes"], utc(found["created_at"]), found["manifest_digest"])
 
 # %% ../../notebooks/library/tracking/01_trackio_store.ipynb #ed4477ef
 @patch

@@ -142,6 +142,7 @@ def log_artifact(
     if "latest" not in newest.aliases: self._backend.set_alias(name, newest.version, "latest")
     return self._backend.get(f"{name}:{sent.version}")
 
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #7e09c1f1
 @patch
 def table(
     self: WandbRun,
@@ -208,16 +209,6 @@ class WandbBackend:
         path = self.path(ref)
         return found_or_none(lambda: self._api.artifact(path))
 
-    def start(
-        self,
-        id: str,            # of the run, also its name
-        group: str | None,  # runs that belong together
-        config: dict,       # what it was told to do, with `step` and `job_type`
-    ) -> WandbRun:
-        return WandbRun(self, id, name=id, group=group, config=config, job_type=config["job_type"], resume="never")
-
-    def resume(self, id: str) -> WandbRun: return WandbRun(self, id, resume="must")
-
     def resolve(self, ref: str) -> Version | None:
         found = self._artifact(ref)
         return as_version(found) if found else None
@@ -242,6 +233,22 @@ class WandbBackend:
         found = self._artifact(f"{name}:{version}")
         found.aliases.append(alias)
         with wandb_errors(): found.save()
+
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #a7fd9068
+@patch
+def start(
+    self: WandbBackend,
+    id: str,            # of the run, also its name
+    group: str | None,  # runs that belong together
+    config: dict,       # what it was told to do, with `step` and `job_type`
+) -> WandbRun:
+    "Open a run."
+    return WandbRun(self, id, name=id, group=group, config=config, job_type=config["job_type"], resume="never")
+
+@patch
+def resume(self: WandbBackend, id: str) -> WandbRun:
+    "Take up a run that has ended."
+    return WandbRun(self, id, resume="must")
 
 # %% ../../notebooks/library/tracking/02_wandb_store.ipynb #621c6416
 @patch

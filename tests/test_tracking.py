@@ -27,7 +27,8 @@ def configure(home: Path, backend: str, project: str) -> None:
 def python(code: str, *, env: dict | None = None, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     "Run code in a process of its own (Trackio stores in one folder per process), with this module's names."
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_tracking import *\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | (env or {}), capture_output=True, text=True, timeout=120, **kwargs)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | (env or {}), capture_output=True, text=True,
+                          timeout=120, **kwargs)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -52,14 +53,16 @@ def contract(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    tracker, result = open_tracker(), lambda: json.loads((Path(os.environ["LOOPBOOK_RUN_DIR"]) / "result.json").read_text())
+    tracker = open_tracker()
+    def result(): return json.loads((Path(os.environ["LOOPBOOK_RUN_DIR"]) / "result.json").read_text())
     assert tracker.resolve("birds") is None and tracker.versions("birds") == [] and tracker.artifacts("dataset") == []
 
     prepare = tracker.start("prepare", "dataset", config={"source": f"https://me:{SECRET}@host/birds.zip"})
     assert result()["status"] == "running" and result()["run"]["id"] == prepare.id
     v0 = prepare.log_artifact("birds", "dataset", fill(folder, "1"), metadata={"images": np.int64(7)})
     again = prepare.log_artifact("birds", "dataset", folder)
-    assert v0.ref == "birds:v0" == again.ref and v0.digest == again.digest and v0.size == 3 and v0.metadata == {"images": 7}
+    assert v0.ref == "birds:v0" == again.ref and v0.digest == again.digest
+    assert v0.size == 3 and v0.metadata == {"images": 7}
     v1 = prepare.log_artifact("birds", "dataset", fill(folder, "22"), aliases=("candidate",))
     assert (v1.version, set(v1.aliases)) == ("v1", {"latest", "candidate"})
     back = prepare.log_artifact("birds", "dataset", fill(folder, "1"))
@@ -75,24 +78,29 @@ def contract(folder: Path) -> None:
         figure = plt.figure()
         figure.gca().plot([1, 2])
         train.figure("curve", figure)
-        train.table("wrong", ["image", "said", "p"], [[Image.new("RGB", (8, 8), c), c, p] for c, p in (("red", np.float32(0.5)), ("blue", "?"))])
+        rows = [[Image.new("RGB", (8, 8), c), c, p] for c, p in (("red", np.float32(0.5)), ("blue", "?"))]
+        train.table("wrong", ["image", "said", "p"], rows)
         train.table("none", ["a"], [])
         train.summary({"test": {"accuracy": np.float64(0.9), "by": {"cat": 1.0}}, "note": "fine"})
-        model = train.log_artifact("model", "model", fill(folder, "m"), metadata={"accuracy": 0.9}, aliases=["candidate"])
+        weights = fill(folder, "m")
+        model = train.log_artifact("model", "model", weights, metadata={"accuracy": 0.9}, aliases=["candidate"])
     assert result() == {
-        "run": {"id": train.id, "name": train.name, "url": train.url, "backend": tracker.backend}, "inputs": ["birds:v1"],
-        "outputs": ["model:v0"], "summary": {"test": {"accuracy": 0.9, "by": {"cat": 1.0}}, "note": "fine"}, "status": "completed"}
+        "run": {"id": train.id, "name": train.name, "url": train.url, "backend": tracker.backend},
+        "inputs": ["birds:v1"], "outputs": ["model:v0"], "status": "completed",
+        "summary": {"test": {"accuracy": 0.9, "by": {"cat": 1.0}}, "note": "fine"}}
 
     with pytest.raises(ZeroDivisionError), tracker.start("fail", "train", group="mine") as failed: 1 / 0  # noqa: B018
     assert result()["status"] == "failed" and status_of(tracker, failed.id) in ("failed", None)
 
-    assert [v.version for v in tracker.versions("birds")] == ["v1", "v0"] and tracker.versions("birds")[1].metadata == {"images": 7}
+    assert [v.version for v in tracker.versions("birds")] == ["v1", "v0"]
+    assert tracker.versions("birds")[1].metadata == {"images": 7}
     assert tracker.artifacts("dataset") == ["birds"] and tracker.artifacts("model") == ["model"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", model.created_at)
     assert "production" in tracker.set_alias("birds:v1", "production").aliases
     assert "production" in tracker.set_alias("birds:v0", "production").aliases
     assert tracker.resolve("birds:production").version == "v0" and tracker.resolve("birds").version == "v1"
-    assert tracker.annotate("birds:v0", {"rows": 3}).metadata == {"images": 7, "rows": 3} and tracker.resolve("birds:v0").aliases == tracker.resolve("birds:production").aliases
+    assert tracker.annotate("birds:v0", {"rows": 3}).metadata == {"images": 7, "rows": 3}
+    assert tracker.resolve("birds:v0").aliases == tracker.resolve("birds:production").aliases
     assert tracker.resolve("birds:v9") is None and tracker.resolve("birds:nobody") is None
     assert tracker.lineage("model") == {"produced_by": train.id, "inputs": ["birds:v1"], "used_by": []}
     assert tracker.lineage("birds:v1") == {"produced_by": prepare.id, "inputs": [], "used_by": [train.id]}
@@ -101,19 +109,22 @@ def contract(folder: Path) -> None:
     assert got == tracker.settings.home / "data" / "artifacts" / "birds" / "v0"
     assert {p.relative_to(got).as_posix() for p in got.rglob("*") if p.is_file()} == {"weights", "sub/card.json"}
     begun = time.perf_counter()
-    assert tracker.download("birds:v0") == got and (got / "weights").read_text() == "1" and time.perf_counter() - begun < 0.5
+    assert tracker.download("birds:v0") == got and (got / "weights").read_text() == "1"
+    assert time.perf_counter() - begun < 0.5
     mine = tracker.download("birds:v1", folder / "mine")
     assert (mine / "weights").read_text() == "22" and tracker.download("birds:v1", mine) == mine
     with pytest.raises(UserError, match="holds something else"): tracker.download("birds:v0", mine)
 
-    with pytest.raises(UserError, match=r"no 'birds:v9' in project .*there are: v1 \(candidate, latest\), v0 \(production\)"): tracker.get("birds:v9")
+    there = r"no 'birds:v9' in project .*there are: v1 \(candidate, latest\), v0 \(production\)"
+    with pytest.raises(UserError, match=there): tracker.get("birds:v9")
     with pytest.raises(UserError, match="nothing was logged as 'cats'"): tracker.download("cats")
     for alias in ("v3", "Production", "latest", "a:b", ""):
         with pytest.raises(UserError, match="alias"): tracker.set_alias("birds", alias)
 
     (folder / "train.ipynb").write_text("{}")
     (folder / "train.html").write_text("<p>")
-    assert tracker.attach(train.id, [folder / "train.ipynb", folder / "train.html"], "completed").ref == "train-notebook:v0"
+    attached = tracker.attach(train.id, [folder / "train.ipynb", folder / "train.html"], "completed")
+    assert attached.ref == "train-notebook:v0"
     assert status_of(tracker, train.id) in ("completed", None)
     with pytest.warns(UserWarning, match="could not be attached"): tracker.attach("no-such-run", [], "failed")
     if tracker.backend == "wandb": assert "/local/contract" in tracker.open_dashboard()
@@ -122,14 +133,16 @@ def contract(folder: Path) -> None:
 
 def run_contract(home: Path, env: dict) -> dict:
     done = python(f"contract(Path({str(home.parent / 'work')!r}))", cwd=home.parent,
-                  env=env | {"LOOPBOOK_RUN_DIR": str(home / "outputs"), "LOOPBOOK_RUN_ID": "R7", "LOOPBOOK_GROUP": "loop-1"})
+                  env=env | {"LOOPBOOK_RUN_DIR": str(home / "outputs"), "LOOPBOOK_RUN_ID": "R7",
+                             "LOOPBOOK_GROUP": "loop-1"})
     noise = [line for line in done.stdout.splitlines()[:-1] + done.stderr.splitlines() if line.strip()]
     assert not noise, "the notebook would show: " + "\n".join(noise)
     assert sorted(p.name for p in home.parent.iterdir()) == ["home", "work"], "files outside of home"
     for file in home.rglob("*"):
         if file.is_file():
             content = file.read_bytes()
-            assert SECRET.encode() not in content and env.get("WANDB_API_KEY", SECRET).encode() not in content, f"a secret in {file}"
+            for secret in (SECRET, env.get("WANDB_API_KEY", SECRET)):
+                assert secret.encode() not in content, f"a secret in {file}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -138,17 +151,19 @@ def check_server(state: dict, ids: dict, annotated: dict) -> None:
     runs = {r["id"]: r for r in state["runs"]}
     train, artifacts = runs[ids["train"]], {f"{a['name']}:{a['version']}": a for a in state["artifacts"]}
     assert not state["errors"]
-    assert (train["state"], train["group"], train["job_type"], train["name"]) == ("finished", "loop-1", "train", ids["train"])
+    found = (train["state"], train["group"], train["job_type"], train["name"])
+    assert found == ("finished", "loop-1", "train", ids["train"])
     assert train["config"].items() >= {"epochs": 2, "rate": 0.5, "step": "train"}.items()
     rows = [row for row in train["history"] if "loss" in row]
     assert [(row["_step"], row["loss"], row["acc"]) for row in rows] == [(0, 1, 0), (1, 0.5, 1), (2, 1 / 3, 2)]
     assert train["summary"]["test"] == {"accuracy": 0.9, "by": {"cat": 1.0}} and train["summary"]["note"] == "fine"
     files = " ".join(train["files"])
     assert re.search(r"media/images/curve\S+\.png", files) and re.search(r"media/table/wrong\S+\.table\.json", files)
-    assert "requirements" not in files and "wandb-metadata" not in files and "code/" not in files and "output.log" not in files
+    for unwanted in ("requirements", "wandb-metadata", "code/", "output.log"): assert unwanted not in files
     assert runs[ids["prepare"]]["config"]["source"] == "https://host/birds.zip"
     assert (runs[ids["failed"]]["state"], runs[ids["failed"]]["group"]) == ("failed", "mine")
-    assert set(artifacts["birds:v0"]["aliases"]) == {"production"} and set(artifacts["birds:v1"]["aliases"]) == {"latest", "candidate"}
+    assert set(artifacts["birds:v0"]["aliases"]) == {"production"}
+    assert set(artifacts["birds:v1"]["aliases"]) == {"latest", "candidate"}
     assert artifacts["birds:v0"]["metadata"] == {"images": 7} | annotated and artifacts["model:v0"]["type"] == "model"
     assert [f["path"] for f in artifacts["model:v0"]["files"]] == ["sub/card.json", "weights"]
     assert "model:v0" in train["logged_artifacts"] and "train-notebook:v0" in train["logged_artifacts"]
@@ -166,7 +181,8 @@ storage = tracker._backend.storage
 config = storage.get_run_config("birds", run_id={ids['train']!r})
 print(json.dumps([tracker.backend, config, storage.get_logs("birds", {ids['train']!r}, run_id={ids['train']!r})]))""")
     backend, config, rows = json.loads(shown.stdout)
-    assert backend == "trackio" and config["_Group"] == "loop-1" and config["summary"]["note"] == "fine" and config["status"] == "completed"
+    assert backend == "trackio" and config["_Group"] == "loop-1"
+    assert config["summary"]["note"] == "fine" and config["status"] == "completed"
     assert [row["loss"] for row in rows if "loss" in row] == [1, 0.5, 1 / 3]
     assert any(row.get("test/accuracy") == 0.9 for row in rows)
     media = [p.suffix for p in (home / "data" / "tracking" / "media").rglob("*") if p.is_file()]
@@ -187,15 +203,17 @@ def test_contract_wandb(home, wandb_server):
 def sync(home: Path, server) -> None:
     "As the documentation says: one `wandb sync` after the other."
     for recording in sorted((home / "data" / "wandb").glob("offline-run-*")):
-        subprocess.run([sys.executable, "-m", "wandb", "sync", str(recording)], check=True, capture_output=True, timeout=60,
-                       env=os.environ | server.env | {"WANDB_CACHE_DIR": str(home / "data" / "cache" / "wandb")}, cwd=home)
+        cache = {"WANDB_CACHE_DIR": str(home / "data" / "cache" / "wandb")}
+        subprocess.run([sys.executable, "-m", "wandb", "sync", str(recording)], check=True, capture_output=True,
+                       timeout=60, env=os.environ | server.env | cache, cwd=home)
 
 
 def test_contract_offline_then_sync(home, wandb_server):
     configure(home, "wandb-offline", "synced")
     ids = run_contract(home, {})
     assert not wandb_server.state("synced")["runs"]
-    assert [p.name.split("-")[5] for p in (home / "data" / "wandb").glob("*-production-*")] == ["v0"]  # the move to v1 is outdated
+    recorded = (home / "data" / "wandb").glob("*-production-*")
+    assert [p.name.split("-")[5] for p in recorded] == ["v0"]  # the move to v1 is outdated
     sync(home, wandb_server)
     state = wandb_server.state("synced")
     check_server(state, ids, {})
@@ -228,7 +246,8 @@ while not Path("stop").exists():
 assert seen == {{"v0", "v1"}}, seen
 """], env=os.environ | env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reader.stdout.readline() == "ready\n"
-    python("tracker = open_tracker()\nfor i in range(40): tracker.set_alias(f'm:v{(i + 1) % 2}', 'production')", cwd=home, env=env)
+    python("tracker = open_tracker()\nfor i in range(40): tracker.set_alias(f'm:v{(i + 1) % 2}', 'production')",
+           cwd=home, env=env)
     (home / "stop").touch()
     _, errors = reader.communicate(timeout=60)
     assert reader.returncode == 0, errors
@@ -261,7 +280,8 @@ print(status_of(tracker, {run_id!r}), tracker.lineage("train-notebook")["produce
         [run] = wandb_server.state(f"killed-{backend}")["runs"]
         assert run["state"] == "failed" and run["logged_artifacts"] == ["train-notebook:v0"]
         assert run["config"]["epochs"] == 2
-        if backend == "wandb-offline":  # online, the SDK sends metrics every 15 s; it holds the newest step back until the next begins
+        # online, the SDK sends metrics every 15 s; it holds the newest step back until the next begins
+        if backend == "wandb-offline":
             assert [row["loss"] for row in run["history"]] == [1] and run["summary"]["note"] == "so far"
 
 
@@ -278,18 +298,22 @@ def half(part):
 whole_folder(Path({str(target)!r}), half)""", check=False)
     assert dead.returncode == -signal.SIGKILL and not target.exists() and target.with_name(".v0.part").exists()
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_tracking import *\n" \
-           "folder = open_tracker().download('m:v0')\nprint(len(list(folder.rglob('*'))), (folder / 'weights').read_text())"
-    both = [subprocess.Popen([sys.executable, "-c", code], env=os.environ | env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+           "folder = open_tracker().download('m:v0')\n" \
+           "print(len(list(folder.rglob('*'))), (folder / 'weights').read_text())"
+    both = [subprocess.Popen([sys.executable, "-c", code], env=os.environ | env, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)]
     assert [p.communicate(timeout=60)[0].split() for p in both] == [["3", "1"]] * 2
     assert not target.with_name(".v0.part").exists()
 
 
 def test_process_that_ends_without_finish_leaves_a_failed_run(home):
     configure(home, "trackio", "birds")
-    python("""run = open_tracker().start("train", "train")\nfor i in range(1000): run.log({"loss": 1.0}, step=i)""", env={"LOOPBOOK_RUN_DIR": str(home)})
+    python("""run = open_tracker().start("train", "train")\nfor i in range(1000): run.log({"loss": 1.0}, step=i)""",
+           env={"LOOPBOOK_RUN_DIR": str(home)})
     result = json.loads((home / "result.json").read_text())
     assert result["status"] == "failed"
-    rows = python(f"""print(len([r for r in open_tracker()._backend.storage.get_logs("birds", {result['run']['id']!r}) if "loss" in r]))""")
+    rows = python(f"""logs = open_tracker()._backend.storage.get_logs("birds", {result['run']['id']!r})
+print(len([r for r in logs if "loss" in r]))""")
     assert rows.stdout == "1000\n"
 
 
@@ -302,7 +326,8 @@ def test_nothing_but_the_users_own_output_is_in_the_notebook(home):
             "    folder.mkdir(exist_ok=True)\n    (folder / 'weights').write_text(text)\n    return folder",
             cells[0], "tracker.set_alias" + cells[1], "still_open = tracker.start('train', 'train')"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
-    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(home)}}).execute(env=os.environ | {"LOOPBOOK_RUN_DIR": str(home)})
+    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(home)}})
+    client.execute(env=os.environ | {"LOOPBOOK_RUN_DIR": str(home)})
     outputs = [str(o) for c in notebook.cells for o in c.outputs]
     assert len(outputs) == 1 and "Version(name=" in outputs[0], outputs
     assert json.loads((home / "result.json").read_text())["status"] == "failed"
@@ -326,13 +351,15 @@ def test_one_process_does_not_mix_two_homes(home, tmp_path):
     configure(home, "trackio", "birds")
     python(f"""
 open_tracker()
-with pytest.raises(UserError, match="restart the notebook's kernel"): open_tracker(load_settings(Path({str(tmp_path)!r})))""")
+other = load_settings(Path({str(tmp_path)!r}))
+with pytest.raises(UserError, match="restart the notebook's kernel"): open_tracker(other)""")
 
 
 def test_dashboard_is_served_on_the_loopback_interface(home):
     configure(home, "trackio", "birds")
     python(LOG_TWO, cwd=home)
-    process = subprocess.Popen([sys.executable, "-c", "from nbs_lib.tracking.tracker import open_tracker; open_tracker().open_dashboard()"],
+    code = "from nbs_lib.tracking.tracker import open_tracker; open_tracker().open_dashboard()"
+    process = subprocess.Popen([sys.executable, "-c", code],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()

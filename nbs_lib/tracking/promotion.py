@@ -5,14 +5,24 @@
 # %% ../../notebooks/library/tracking/04_promotion.ipynb #4f0ff8b8
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from nbs_lib.tracking.tracker import Tracker
+    from nbs_lib.tracking.versions import Version
 
 # %% auto #0
 __all__ = ['promote', 'rollback']
 
 # %% ../../notebooks/library/tracking/04_promotion.ipynb #8554207e
-def promote(tracker, name: str, version: str):
-    "Make `version` (vN or an alias) of model `name` the production model; returns the `Version`; raises `UserError`."
+def promote(
+    tracker: Tracker,
+    name: str,     # of the model's artifact
+    version: str,  # `v3`, or an alias as `candidate`
+) -> Version:
+    "Make a version the production model; raises `UserError`."
     new, old = tracker.resolve(f"{name}:{version}"), tracker.resolve(f"{name}:production")
     if new is None:
         there = ", ".join(v.version for v in tracker.versions(name)) or "none yet"
@@ -20,7 +30,7 @@ def promote(tracker, name: str, version: str):
     if old and old.version != new.version: tracker.set_alias(old.ref, "previous")
     return tracker.set_alias(new.ref, "production")
 
-def rollback(tracker, name: str):
+def rollback(tracker: Tracker, name: str) -> Version:
     "Put the `previous` model back into production; a second rollback undoes the first. Raises `UserError`."
     previous, current = tracker.resolve(f"{name}:previous"), tracker.resolve(f"{name}:production")
     if previous is None or current and current.version == previous.version:

@@ -11,8 +11,12 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from fastcore.basics import patch
 
 from ..core.errors import UserError
 from ..core.settings import Settings
@@ -22,7 +26,7 @@ from .versions import Version, split_ref, utc
 __all__ = ['import_trackio', 'flat', 'TrackioRun', 'TrackioBackend']
 
 # %% ../../notebooks/library/tracking/01_trackio_store.ipynb #00f4ad8d
-def import_trackio(folder: Path):
+def import_trackio(folder: Path) -> Any:
     "The `trackio` package, storing in `folder`; raises `UserError` where it already stores in another one."
     loaded = sys.modules.get("trackio")
     if not loaded: os.environ["TRACKIO_DIR"] = str(folder)
@@ -35,21 +39,28 @@ def import_trackio(folder: Path):
 # %% ../../notebooks/library/tracking/01_trackio_store.ipynb #2093798e
 def flat(values: dict, prefix: str = "") -> dict:
     "The numbers in a nested dict, by their path: `{'test': {'accuracy': 1}}` becomes `{'test/accuracy': 1}`."
-    found = {}
+    found: dict[str, int | float] = {}
     for key, value in values.items():
         if isinstance(value, dict): found |= flat(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)): found[f"{prefix}{key}"] = value
     return found
 
+# %% ../../notebooks/library/tracking/01_trackio_store.ipynb #fc5f78d0
 class TrackioRun:
     "A run in the local store; started anew, or taken up again where `config` is what the store has of it."
     url = None
 
-    def __init__(self, backend: TrackioBackend, id: str, group: str | None, config: dict):
+    def __init__(
+        self,
+        backend: TrackioBackend,
+        id: str,            # of the run, also its name
+        group: str | None,  # runs that belong together
+        config: dict,       # what it was told to do, and for a run that is taken up again its status and summary
+    ):
         self._backend, self.id, self.config = backend, id, config | {"_Group": group}
-        class Run(backend.trackio.Run):
-            def _get_username(self): return None  # it would ask the Hugging Face Hub whose token this is
-        self._run = Run(url=None, project=backend.project, client=None, name=id, run_id=id, group=group)
+        # its `_get_username` would ask the Hugging Face Hub whose token this is
+        kind = type("Run", (backend.trackio.Run,), {"_get_username": lambda self: None})
+        self._run = kind(url=None, project=backend.project, client=None, name=id, run_id=id, group=group)
         self._run._config_logged = True  # the configuration is written below, with status and summary
         self.save(status="running")
 
@@ -65,27 +76,61 @@ class TrackioRun:
         self.log(flat(values))
         self.save(summary=self.config.get("summary", {}) | values)
 
-    def image(self, key: str, image) -> None: self.log({key: self._backend.trackio.Image(image)})
-
-    def table(self, key: str, columns: list[str], rows: list[list], is_image) -> None:
-        t = self._backend.trackio
-        self.log({key: t.Table(columns=columns, data=[[t.Image(c) if is_image(c) else c for c in row] for row in rows])})
-
     def use(self, ref: str) -> None: self._run.use_artifact(ref)
 
-    def log_artifact(self, name: str, type: str, files: dict[str, Path], metadata: dict, aliases: tuple[str, ...]) -> Version:
+    def log_artifact(
+        self,
+        name: str,                 # of the artifact
+        type: str,                 # `dataset`, `model` or another
+        files: dict[str, Path],    # path in the artifact -> file
+        metadata: dict,            # kept with the version
+        aliases: tuple[str, ...],  # that it bears from the start
+    ) -> Version:                  # the new one, or the one that has this content already
         artifact = self._backend.trackio.Artifact(name, type, metadata=metadata)
         for path, file in files.items(): artifact.add_file(file, name=path)
         artifact = self._run.log_artifact(artifact)
         for alias in aliases: self._backend.set_alias(artifact.name, artifact.version, alias)
-        return self._backend.resolve(f"{name}:{artifact.version}")
-
-    def alert(self, title: str, text: str, level: str) -> None:
-        self._backend.storage.bulk_alert(self._backend.project, self.id, [title], [text], [level], [None], run_id=self.id)
+        return self._backend.get(f"{name}:{artifact.version}")
 
     def finish(self, status: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()): self._run.finish()
         self.save(status=status)
+
+# %% ../../notebooks/library/tracking/01_trackio_store.ipynb #960743a5
+@patch
+def image(self: TrackioRun, key: str, image) -> None:
+    "A PIL image."
+    self.log({key: self._backend.trackio.Image(image)})
+
+@patch
+def table(
+    self: TrackioRun,
+    key: str,                         # its name in the dashboard
+    columns: list[str],               # their titles
+    rows: list[list],                 # the cells: numbers, texts or PIL images
+    is_image: Callable[[Any], bool],  # whether a cell is a PIL image
+) -> None:
+    "A table in the dashboard."
+    t = self._backend.trackio
+    data = [[t.Image(c) if is_image(c) else c for c in row] for row in rows]
+    self.log({key: t.Table(columns=columns, data=data)})
+
+@patch
+def alert(
+    self: TrackioRun,
+    title: str,
+    text: str,
+    level: str,  # `info` or `error`
+) -> None:
+    "Show an alert about this run in the dashboard."
+    project = self._backend.project
+    self._backend.storage.bulk_alert(project, self.id, [title], [text], [level], [None], run_id=self.id)
+
+# %% ../../notebooks/library/tracking/01_trackio_store.ipynb #4a237a98
+def _version_of(found: dict) -> Version:
+    "What Trackio has of a version, as a `Version`."
+    return Version(found["name"], f"v{found['version']}", found["type"], tuple(sorted(found["aliases"])),
+                   found["metadata"] or {}, found["size_bytes"], utc(found["created_at"]), found["manifest_digest"])
 
 # %% ../../notebooks/library/tracking/01_trackio_store.ipynb #7d573d5d
 class TrackioBackend:
@@ -100,64 +145,99 @@ class TrackioBackend:
         try: SQLiteStorage.validate_project_name(self.project)
         except ValueError as error: raise UserError(f"[project] name: {error}") from None
 
-    def start(self, id: str, group: str | None, config: dict) -> TrackioRun: return TrackioRun(self, id, group, config)
+    def start(
+        self,
+        id: str,            # of the run, also its name
+        group: str | None,  # runs that belong together
+        config: dict,       # what it was told to do, with `step` and `job_type`
+    ) -> TrackioRun:
+        return TrackioRun(self, id, group, config)
 
     def resume(self, id: str) -> TrackioRun:
         config = self.storage.get_run_config(self.project, run_id=id)
         if config is None: raise UserError(f"no run {id!r} in project {self.project!r} of {self.folder}")
         return TrackioRun(self, id, config.pop("_Group", None), config)
 
-    def _manifest(self, ref: str) -> dict | None: return self.storage.get_artifact_manifest(self.project, *split_ref(ref))
+    def _manifest(self, ref: str) -> Any:
+        "What Trackio has of a version, as a dict; None where there is none."
+        return self.storage.get_artifact_manifest(self.project, *split_ref(ref))
 
     def resolve(self, ref: str) -> Version | None:
         found = self._manifest(ref)
-        return found and Version(found["name"], f"v{found['version']}", found["type"], tuple(sorted(found["aliases"])),
-                                 found["metadata"] or {}, found["size_bytes"], utc(found["created_at"]), found["manifest_digest"])
+        return _version_of(found) if found else None
 
-    def _listed(self) -> list[dict]: return self.storage.list_artifacts(self.project)
+    def get(self, ref: str) -> Version:
+        "A version that exists."
+        return _version_of(self._manifest(ref))
 
-    def versions(self, name: str) -> list[Version]:
-        listed = next((a["versions"] for a in self._listed() if a["name"] == name), [])  # all aliases at one moment
-        return [replace(self.resolve(f"{name}:v{v['version']}"), aliases=tuple(sorted(v["aliases"]))) for v in listed]
-
-    def artifacts(self, type: str) -> list[str]: return sorted(a["name"] for a in self._listed() if a["type"] == type)
-
-    def set_alias(self, name: str, version: str, alias: str) -> None:
+    def set_alias(
+        self,
+        name: str,     # of the artifact
+        version: str,  # `v3`: where the alias moves to
+        alias: str,
+    ) -> None:
         found = self._manifest(f"{name}:{version}")
         self.storage.reassign_alias(self.project, found["artifact_id"], alias, found["version_id"])
-
-    def annotate(self, name: str, version: str, metadata: dict) -> None:
-        found = self._manifest(f"{name}:{version}")  # storing known content again refreshes its metadata and nothing else
-        self.storage.insert_artifact_version(self.project, found["artifact_id"], found["manifest"], metadata, None, None)
 
     def files(self, ref: str) -> dict[str, Path]:
         "Path in the artifact -> stored file, of a version that exists."
         from trackio import cas
         return {e["path"]: cas.blob_path(self.project, e["digest"]) for e in self._manifest(ref)["manifest"]}
 
-    def download(self, ref: str, folder: Path) -> None:
-        for path, stored in self.files(ref).items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                stored.chmod(0o444)
-                os.link(stored, folder / path)
-            except OSError: shutil.copyfile(stored, folder / path)  # another disk, or one without hard links
+# %% ../../notebooks/library/tracking/01_trackio_store.ipynb #ed4477ef
+@patch
+def versions(self: TrackioBackend, name: str) -> list[Version]:
+    "All versions, newest first."
+    artifacts = self.storage.list_artifacts(self.project)
+    listed: list[dict] = next((a["versions"] for a in artifacts if a["name"] == name), [])
+    return [replace(self.get(f"{name}:v{v['version']}"), aliases=tuple(sorted(v["aliases"]))) for v in listed]
 
-    def lineage(self, ref: str) -> dict:
-        found = self._manifest(ref)
-        run = found["producer_run_id"]
-        inputs = self.storage.get_run_artifacts(self.project, None, run)["input"] if run else []
-        return {"produced_by": run, "inputs": [f"{i['name']}:v{i['version']}" for i in inputs],
-                "used_by": [c["run_id"] for c in self.storage.get_artifact_consumers(self.project, found["version_id"])]}
+@patch
+def artifacts(self: TrackioBackend, type: str) -> list[str]:
+    "The names of all artifacts of the type."
+    return sorted(a["name"] for a in self.storage.list_artifacts(self.project) if a["type"] == type)
 
-    def open_dashboard(self) -> str:
-        "Serve Trackio's dashboard on the loopback interface until interrupted."
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the token that lets a browser delete runs
-            server, url, *_ = self.trackio.show(project=self.project, host="127.0.0.1", share=False, open_browser=False,
-                                                block_thread=False)
+@patch
+def lineage(self: TrackioBackend, ref: str) -> dict:
+    "Which run made the version, out of what, and which runs used it."
+    found = self._manifest(ref)
+    run = found["producer_run_id"]
+    inputs = self.storage.get_run_artifacts(self.project, None, run)["input"] if run else []
+    return {"produced_by": run, "inputs": [f"{i['name']}:v{i['version']}" for i in inputs],
+            "used_by": [c["run_id"] for c in self.storage.get_artifact_consumers(self.project, found["version_id"])]}
+
+# %% ../../notebooks/library/tracking/01_trackio_store.ipynb #aaf69111
+@patch
+def annotate(
+    self: TrackioBackend,
+    name: str,       # of the artifact
+    version: str,    # `v3`
+    metadata: dict,  # in place of what there was
+) -> None:
+    "Change what is said of a version."
+    found = self._manifest(f"{name}:{version}")
+    self.storage.insert_artifact_version(self.project, found["artifact_id"], found["manifest"], metadata, None, None)
+
+@patch
+def download(self: TrackioBackend, ref: str, folder: Path) -> None:
+    "Put the version's files into `folder`, read-only."
+    for path, stored in self.files(ref).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            print(f"Trackio's dashboard: {url}?project={self.project} (stop with Ctrl+C)", flush=True)
-            threading.Event().wait()
-        except KeyboardInterrupt: pass
-        finally: server.close()
-        return url
+            stored.chmod(0o444)
+            os.link(stored, folder / path)
+        except OSError: shutil.copyfile(stored, folder / path)  # another disk, or one without hard links
+
+# %% ../../notebooks/library/tracking/01_trackio_store.ipynb #f8ba1c3f
+@patch
+def open_dashboard(self: TrackioBackend) -> str:
+    "Serve Trackio's dashboard on the loopback interface until interrupted."
+    with contextlib.redirect_stdout(io.StringIO()):
+        server, url, *_ = self.trackio.show(project=self.project, host="127.0.0.1", share=False, open_browser=False,
+                                            block_thread=False)
+    try:
+        print(f"Trackio's dashboard: {url}?project={self.project} (stop with Ctrl+C)", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt: pass
+    finally: server.close()
+    return url

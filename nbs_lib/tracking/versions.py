@@ -50,7 +50,8 @@ def check_alias(alias: str) -> str:
     if alias == "latest": raise UserError("alias 'latest' always marks the newest version; choose another")
     if re.fullmatch(r"v\d+", alias): raise UserError(f"alias {alias!r} would be taken for a version; choose another")
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,59}", alias):
-        raise UserError(f"alias {alias!r}: use lower-case letters, digits, dash and underscore, and begin with a letter")
+        raise UserError(f"alias {alias!r}: use lower-case letters, digits, dash and underscore, "
+                        "and begin with a letter")
     return alias
 
 def dataset_of(recipe: str) -> str:

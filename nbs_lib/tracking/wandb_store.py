@@ -13,9 +13,13 @@ import re
 import secrets
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
+
+from fastcore.basics import patch
 
 from ..core.errors import UserError
 from ..core.settings import Settings
@@ -23,7 +27,8 @@ from .trackio_store import TrackioBackend, TrackioRun
 from .versions import Version, split_ref, utc
 
 # %% auto #0
-__all__ = ['has_key', 'import_wandb', 'told', 'WandbRun', 'as_version', 'WandbBackend', 'both', 'OfflineRun', 'OfflineBackend']
+__all__ = ['has_key', 'import_wandb', 'wandb_errors', 'WandbRun', 'as_version', 'found_or_none', 'WandbBackend', 'both',
+           'OfflineRun', 'OfflineBackend']
 
 # %% ../../notebooks/library/tracking/02_wandb_store.ipynb #8c2522f6
 def has_key() -> bool:
@@ -38,7 +43,7 @@ def has_key() -> bool:
     return any(host in keys.hosts for host in hosts)
 
 # %% ../../notebooks/library/tracking/02_wandb_store.ipynb #f37c57ee
-def import_wandb(home: Path):
+def import_wandb(home: Path) -> Any:
     "The `wandb` package: silent, and with all its files below `home / 'data'`."
     data = home / "data"
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DATA_DIR": str(data / "wandb"),
@@ -47,9 +52,10 @@ def import_wandb(home: Path):
     import wandb
     return wandb
 
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #5b5e9f4a
 @contextlib.contextmanager
-def told():
-    "W&B's errors as a `UserError`."
+def wandb_errors() -> Iterator[None]:
+    "Within, W&B's errors are raised as a `UserError`."
     try: yield
     except Exception as error:
         import wandb
@@ -70,18 +76,26 @@ def _leave(patience: int = 30) -> None:
 
 # %% ../../notebooks/library/tracking/02_wandb_store.ipynb #75676183
 class WandbRun:
-    "A run of the W&B SDK, `online` or `offline`; `about` goes to `wandb.init`."
+    "A run of the W&B SDK."
 
-    def __init__(self, backend: WandbBackend | OfflineBackend, id: str, mode: str = "online", **about):
+    def __init__(
+        self,
+        backend: WandbBackend | OfflineBackend,
+        id: str,               # of the run
+        mode: str = "online",  # or `offline`: recorded only
+        **about: Any,          # for `wandb.init`
+    ):
         wandb = import_wandb(backend.settings.home)
         quiet = wandb.Settings(
-            root_dir=str(backend.settings.home / "data"), silent=True, console="off", save_code=False, disable_code=True,
-            disable_git=True, disable_job_creation=True, x_disable_meta=True, x_disable_stats=True,
-            x_disable_machine_info=True, x_save_requirements=False, init_timeout=30,
+            root_dir=str(backend.settings.home / "data"), silent=True, console="off",
+            save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
+            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True,
+            x_save_requirements=False, init_timeout=30,
             x_transaction_log_flush_interval=1.0)  # so that a killed process leaves a recording
         self._backend, self._wandb, self.id = backend, wandb, id
-        with told(): self._run = wandb.init(id=id, mode=mode, project=backend.settings.project.name,
-                                            entity=backend.settings.tracking.entity or None, reinit="create_new", settings=quiet, **about)
+        with wandb_errors():
+            self._run = wandb.init(id=id, mode=mode, project=backend.settings.project.name, settings=quiet,
+                                   entity=backend.settings.tracking.entity or None, reinit="create_new", **about)
         self.config, self.url = dict(self._run.config), self._run.url
 
     def log(self, metrics: dict, step: int | None = None) -> None: self._run.log(dict(metrics), step=step)
@@ -92,121 +106,198 @@ class WandbRun:
 
     def image(self, key: str, image) -> None: self.log({key: self._wandb.Image(image)})
 
-    def table(self, key: str, columns: list[str], rows: list[list], is_image) -> None:
-        rows = [[self._wandb.Image(c) if is_image(c) else c for c in row] for row in rows]
-        self.log({key: self._wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
-
     def use(self, ref: str) -> None:
-        with told(): self._run.use_artifact(self._backend.path(ref))
+        with wandb_errors(): self._run.use_artifact(self._backend.path(ref))
 
-    def send(self, name: str, type: str, files: dict[str, Path], metadata: dict, aliases: list[str]):
-        "Hand an artifact to the SDK; the `files` must not change until it has them."
+    def send(
+        self,
+        name: str,               # of the artifact
+        type: str,               # `dataset`, `model` or another
+        files: dict[str, Path],  # path in the artifact -> file; must not change until the SDK has them
+        metadata: dict,          # kept with the version
+        aliases: list[str],      # that it bears from the start
+    ) -> Any:                    # the SDK's artifact, on its way
+        "Hand an artifact to the SDK."
         artifact = self._wandb.Artifact(name, type, metadata=metadata)
-        for path, file in files.items(): artifact.add_file(str(file), name=path, policy="immutable", skip_cache=True)
+        for path, file in files.items():
+            artifact.add_file(str(file), name=path, policy="immutable", skip_cache=True)
         return self._run.log_artifact(artifact, aliases=aliases)
 
-    def log_artifact(self, name: str, type: str, files: dict[str, Path], metadata: dict, aliases: tuple[str, ...]) -> Version:
-        with told(): sent = self.send(name, type, files, metadata, ["latest", *aliases]).wait()
-        newest = self._backend.versions(name)[0]
-        if "latest" not in newest.aliases: self._backend.set_alias(name, newest.version, "latest")
-        return self._backend.resolve(f"{name}:{sent.version}")
-
-    def alert(self, title: str, text: str, level: str) -> None:
-        self._run.alert(title[:63], text, level.upper())  # the server takes no longer title
-
     def finish(self, status: str) -> None:
-        with told(): self._run.finish(exit_code=0 if status == "completed" else 1)
+        with wandb_errors(): self._run.finish(exit_code=0 if status == "completed" else 1)
+
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #7f66cf8a
+@patch
+def log_artifact(
+    self: WandbRun,
+    name: str,                 # of the artifact
+    type: str,                 # `dataset`, `model` or another
+    files: dict[str, Path],    # path in the artifact -> file
+    metadata: dict,            # kept with the version
+    aliases: tuple[str, ...],  # that it bears from the start
+) -> Version:                  # the new one, or the one that has this content already
+    "Log a version, and wait until the server has it."
+    with wandb_errors(): sent = self.send(name, type, files, metadata, ["latest", *aliases]).wait()
+    newest = self._backend.versions(name)[0]
+    if "latest" not in newest.aliases: self._backend.set_alias(name, newest.version, "latest")
+    return self._backend.get(f"{name}:{sent.version}")
+
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #7e09c1f1
+@patch
+def table(
+    self: WandbRun,
+    key: str,                         # its name in the dashboard
+    columns: list[str],               # their titles
+    rows: list[list],                 # the cells: numbers, texts or PIL images
+    is_image: Callable[[Any], bool],  # whether a cell is a PIL image
+) -> None:
+    "A table in the dashboard."
+    data = [[self._wandb.Image(c) if is_image(c) else c for c in row] for row in rows]
+    self.log({key: self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+
+@patch
+def alert(
+    self: WandbRun,
+    title: str,  # its first 63 characters are shown: the server takes no longer one
+    text: str,
+    level: str,  # `info` or `error`
+) -> None:
+    "Show an alert about this run in the dashboard."
+    self._run.alert(title[:63], text, level.upper())
 
 # %% ../../notebooks/library/tracking/02_wandb_store.ipynb #f309451c
-def as_version(artifact) -> Version:
+def as_version(artifact: Any) -> Version:
+    "An artifact of W&B's API as a `Version`."
     name = artifact.name.split(":")[0]
     return Version(name, artifact.version, artifact.type, tuple(sorted(artifact.aliases)), dict(artifact.metadata),
                    artifact.size, utc(artifact.created_at), artifact.digest)
 
+def found_or_none(question: Callable[[], Any]) -> Any:
+    "What `question()` returns, or None where the server answers that there is no such project, name or version."
+    with wandb_errors():
+        import wandb
+        try: return question()
+        except ValueError: return None
+        except wandb.errors.CommError as error:
+            if isinstance(error.exc, ValueError): return None
+            raise
+
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #7fae7a7b
 class WandbBackend:
     "Runs and artifacts of a project on a W&B server."
     name, deletes = "wandb", True
 
     def __init__(self, settings: Settings):
         if not has_key():
-            raise UserError("[tracking] backend = wandb, but there is no key for it; run `wandb login` or set WANDB_API_KEY, "
-                            "or choose wandb-offline or trackio")
+            raise UserError("[tracking] backend = wandb, but there is no key for it; run `wandb login` "
+                            "or set WANDB_API_KEY, or choose wandb-offline or trackio")
         self.settings = settings
 
     @cached_property
-    def _api(self):
+    def _api(self) -> Any:
         wandb = import_wandb(self.settings.home)
-        with told(): return wandb.Api(overrides={"project": self.settings.project.name}, timeout=15)
+        with wandb_errors(): return wandb.Api(overrides={"project": self.settings.project.name}, timeout=15)
 
     @cached_property
     def project(self) -> str:
-        with told(): return f"{self.settings.tracking.entity or self._api.default_entity}/{self.settings.project.name}"
+        with wandb_errors(): entity = self.settings.tracking.entity or self._api.default_entity
+        return f"{entity}/{self.settings.project.name}"
 
     def path(self, ref: str) -> str: return f"{self.project}/{':'.join(split_ref(ref))}"
 
-    def _ask(self, question):
-        "What `question()` returns, or None where the server answers that there is no such project, name or version."
-        with told():
-            import wandb
-            try: return question()
-            except ValueError: return None
-            except wandb.errors.CommError as error:
-                if isinstance(error.exc, ValueError): return None
-                raise
-
-    def _artifact(self, ref: str):
+    def _artifact(self, ref: str) -> Any:
         path = self.path(ref)
-        return self._ask(lambda: self._api.artifact(path))
-
-    def start(self, id: str, group: str | None, config: dict) -> WandbRun:
-        return WandbRun(self, id, name=id, group=group, config=config, job_type=config["job_type"], resume="never")
-
-    def resume(self, id: str) -> WandbRun: return WandbRun(self, id, resume="must")
+        return found_or_none(lambda: self._api.artifact(path))
 
     def resolve(self, ref: str) -> Version | None:
         found = self._artifact(ref)
-        return found and as_version(found)
+        return as_version(found) if found else None
+
+    def get(self, ref: str) -> Version:
+        "A version that exists."
+        return as_version(self._artifact(ref))
 
     def versions(self, name: str) -> list[Version]:
         newest = self.resolve(name)
         if not newest: return []
-        with told(): found = [as_version(a) for a in self._api.artifacts(newest.type, f"{self.project}/{name}")]
+        with wandb_errors():
+            found = [as_version(a) for a in self._api.artifacts(newest.type, f"{self.project}/{name}")]
         return sorted(found, key=lambda v: v.number, reverse=True)
 
-    def artifacts(self, type: str) -> list[str]:
-        project = self.project
-        return self._ask(lambda: sorted(c.name for c in self._api.artifact_type(type, project).collections())) or []
-
-    def set_alias(self, name: str, version: str, alias: str) -> None:
+    def set_alias(
+        self,
+        name: str,     # of the artifact
+        version: str,  # `v3`: where the alias moves to
+        alias: str,
+    ) -> None:
         found = self._artifact(f"{name}:{version}")
         found.aliases.append(alias)
-        with told(): found.save()
+        with wandb_errors(): found.save()
 
-    def annotate(self, name: str, version: str, metadata: dict) -> None:
-        found = self._artifact(f"{name}:{version}")
-        found.metadata = metadata
-        with told(): found.save()
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #a7fd9068
+@patch
+def start(
+    self: WandbBackend,
+    id: str,            # of the run, also its name
+    group: str | None,  # runs that belong together
+    config: dict,       # what it was told to do, with `step` and `job_type`
+) -> WandbRun:
+    "Open a run."
+    return WandbRun(self, id, name=id, group=group, config=config, job_type=config["job_type"], resume="never")
 
-    def delete(self, name: str, version: str) -> None:
-        with told(): self._artifact(f"{name}:{version}").delete()  # refused where it bears an alias by now
+@patch
+def resume(self: WandbBackend, id: str) -> WandbRun:
+    "Take up a run that has ended."
+    return WandbRun(self, id, resume="must")
 
-    def download(self, ref: str, folder: Path) -> None:
-        with told(): self._artifact(ref).download(root=str(folder))
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #621c6416
+@patch
+def artifacts(self: WandbBackend, type: str) -> list[str]:
+    "The names of all artifacts of the type."
+    project = self.project
+    names = found_or_none(lambda: sorted(c.name for c in self._api.artifact_type(type, project).collections()))
+    return names or []
 
-    def lineage(self, ref: str) -> dict:
-        found = self._artifact(ref)
-        with told():
-            run = found.logged_by()
-            inputs = [":".join((a.name.split(":")[0], a.version)) for a in run.used_artifacts()] if run else []
-            return {"produced_by": run and run.id, "inputs": inputs, "used_by": [r.id for r in found.used_by()]}
+@patch
+def lineage(self: WandbBackend, ref: str) -> dict:
+    "Which run made the version, out of what, and which runs used it."
+    found = self._artifact(ref)
+    with wandb_errors():
+        run = found.logged_by()
+        inputs = [":".join((a.name.split(":")[0], a.version)) for a in run.used_artifacts()] if run else []
+        return {"produced_by": run and run.id, "inputs": inputs, "used_by": [r.id for r in found.used_by()]}
 
-    def open_dashboard(self) -> str:
-        "The project's address."
-        entity, name = self.project.split("/")
-        with told(): return self._api.project(name, entity).url
+@patch
+def download(self: WandbBackend, ref: str, folder: Path) -> None:
+    "Put the version's files into `folder`."
+    with wandb_errors(): self._artifact(ref).download(root=str(folder))
+
+# %% ../../notebooks/library/tracking/02_wandb_store.ipynb #2a976016
+@patch
+def annotate(
+    self: WandbBackend,
+    name: str,       # of the artifact
+    version: str,    # `v3`
+    metadata: dict,  # in place of what there was
+) -> None:
+    "Change what is said of a version."
+    found = self._artifact(f"{name}:{version}")
+    found.metadata = metadata
+    with wandb_errors(): found.save()
+
+@patch
+def delete(self: WandbBackend, name: str, version: str) -> None:
+    "Delete a version; the server refuses where it bears an alias by now."
+    with wandb_errors(): self._artifact(f"{name}:{version}").delete()
+
+@patch
+def open_dashboard(self: WandbBackend) -> str:
+    "The project's address."
+    entity, name = self.project.split("/")
+    with wandb_errors(): return self._api.project(name, entity).url
 
 # %% ../../notebooks/library/tracking/02_wandb_store.ipynb #f780aa95
-def both(method: str):
+def both(method: str) -> Callable:
     "A method that is called on the recorded and on the local run."
     def call(self, *args, **kwargs):
         getattr(self.recorded, method)(*args, **kwargs)
@@ -231,7 +322,14 @@ class OfflineRun:
         self.local.save(inputs=[*self.config.get("inputs", []), ref])
         self.recorded.configure(inputs=self.local.config["inputs"])
 
-    def log_artifact(self, name: str, type: str, files: dict[str, Path], metadata: dict, aliases: tuple[str, ...]) -> Version:
+    def log_artifact(
+        self,
+        name: str,                 # of the artifact
+        type: str,                 # `dataset`, `model` or another
+        files: dict[str, Path],    # path in the artifact -> file
+        metadata: dict,            # kept with the version
+        aliases: tuple[str, ...],  # that it bears from the start
+    ) -> Version:                  # the new one, or the one that has this content already
         version = self.local.log_artifact(name, type, files, metadata, aliases)
         self._backend.record(self.recorded, version, aliases)
         return version
@@ -243,25 +341,41 @@ class OfflineBackend:
 
     def __init__(self, settings: Settings): self.settings, self.local = settings, TrackioBackend(settings)
 
-    def __getattr__(self, name: str): return getattr(self.local, name)
+    def __getattr__(self, name: str) -> Any: return getattr(self.local, name)
 
-    def start(self, id: str, group: str | None, config: dict) -> OfflineRun:
+    def start(
+        self,
+        id: str,            # of the run, also its name
+        group: str | None,  # runs that belong together
+        config: dict,       # what it was told to do, with `step` and `job_type`
+    ) -> OfflineRun:
         return OfflineRun(self, self.local.start(id, group, config))
 
     def resume(self, id: str) -> OfflineRun: return OfflineRun(self, self.local.resume(id))
 
-    def record(self, run: WandbRun, version: Version, aliases: tuple[str, ...]) -> None:
+    def record(
+        self,
+        run: WandbRun,
+        version: Version,
+        aliases: tuple[str, ...],  # that the version is to bear, beside `latest`
+    ) -> None:
         "Let `run` log what the local store has of `version`."
         newest = self.versions(version.name)[0]
         for v, names in ((version, aliases), (newest, ())) if newest.ref != version.ref else ((version, aliases),):
             run.send(v.name, v.type, self.files(v.ref), v.metadata, ["latest", *names])
 
-    def set_alias(self, name: str, version: str, alias: str) -> None:
+    def set_alias(
+        self,
+        name: str,     # of the artifact
+        version: str,  # `v3`: where the alias moves to
+        alias: str,
+    ) -> None:
         self.local.set_alias(name, version, alias)
         for folder in (self.settings.home / "data" / "wandb").glob("offline-run-*"):
-            earlier = re.fullmatch(rf"offline-run-\d+_\d+-{re.escape(f'{alias}-{name}')}-v\d+-[0-9a-f]{{8}}", folder.name)
+            moved = re.escape(f"{alias}-{name}")
+            earlier = re.fullmatch(rf"offline-run-\d+_\d+-{moved}-v\d+-[0-9a-f]{{8}}", folder.name)
             if earlier and not any(folder.glob("*.synced")): shutil.rmtree(folder)
         id = f"{alias}-{name}-{version}-{secrets.token_hex(4)}"
         run = WandbRun(self, id, "offline", name=id, job_type="alias")
-        self.record(run, self.resolve(f"{name}:{version}"), (alias,))
+        self.record(run, self.get(f"{name}:{version}"), (alias,))
         run.finish("completed")

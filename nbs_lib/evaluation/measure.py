@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 __all__ = ['calibration_error', 'measure', 'confident_mistakes', 'align', 'answer_dataset']
 
 # %% ../../notebooks/library/evaluation/01_measure.ipynb #da63202b
-def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
-    "Expected calibration error in 0..1 for class numbers (n,) and probabilities (n, classes)."
+def calibration_error(
+    labels: np.ndarray,         # class numbers, int64 (n,)
+    probabilities: np.ndarray,  # float (n, classes), rows summing to 1
+    bins: int = 15,             # of equal width over 0..1
+) -> float:                     # 0..1
+    "Expected calibration error."
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = (abs(confidence[bin_of == b].sum() - right[bin_of == b].sum()) for b in range(bins))
@@ -76,9 +80,9 @@ def align(
 
 # %% ../../notebooks/library/evaluation/01_measure.ipynb #c22a1cf0
 def answer_dataset(
-    model: Classifier,
-    dataset: Dataset,
-    ids: list[str],         # which of its images
+    model: Classifier,      # which may know other targets and classes
+    dataset: Dataset,       # has the images
+    ids: list[str],         # which of them
     batch_size: int = 32,   # images that go through the network at once
 ) -> tuple[dict[str, np.ndarray], int]:
     "Target -> probabilities (n, classes of the dataset), zeros where the model lacks the target; images computed."

@@ -25,8 +25,12 @@ __all__ = ['FOLDS', 'out_of_sample', 'find_suspects', 'suspects_of', 'queue_susp
 # %% ../../notebooks/library/feedback/05_label_errors.ipynb #f55a02ac
 FOLDS = 5
 
-def out_of_sample(features: np.ndarray, labels: np.ndarray, folds: int = FOLDS) -> np.ndarray:
-    "Probabilities (n, classes) for features (n, d) and class numbers (n,), each class with at least `folds` images."
+def out_of_sample(
+    features: np.ndarray,  # float (n, d)
+    labels: np.ndarray,    # class numbers, int64 (n,), each at least `folds` times
+    folds: int = FOLDS,    # parts that are judged one by one
+) -> np.ndarray:           # float64 (n, classes), rows summing to 1
+    "Probabilities of every image's classes, from a model that has not seen it."
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     scaled = (features - features.mean(0)) / (float(features.std(0).mean()) or 1.0)
@@ -68,10 +72,10 @@ def suspects_of(
 
 # %% ../../notebooks/library/feedback/05_label_errors.ipynb #4731438d
 def queue_suspects(
-    store: Store,
-    dataset: Dataset,
+    store: Store,         # where people are asked
+    dataset: Dataset,     # has the images
     table: pd.DataFrame,  # of `suspects_of`
-    most: int,            # images
+    most: int,            # so many images at most
 ) -> list[str]:           # ids, the most suspicious first
     "Queue the images of the first suspects."
     chosen = list(dict.fromkeys(table["id"]))[:most]
@@ -84,7 +88,11 @@ def queue_suspects(
     return chosen
 
 # %% ../../notebooks/library/feedback/05_label_errors.ipynb #181717bc
-def draw_suspects(dataset: Dataset, table: pd.DataFrame, most: int = 18) -> Figure:
+def draw_suspects(
+    dataset: Dataset,     # has the images
+    table: pd.DataFrame,  # of `suspects_of`
+    most: int = 18,       # so many pictures at most
+) -> Figure:
     "The first suspects as pictures, with the label they have, its probability, and the one they should perhaps have."
     shown = table.head(most)
     pictures = dict(dataset.images(shown["id"]))

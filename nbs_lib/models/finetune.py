@@ -44,7 +44,7 @@ class ShardImages(torch.utils.data.Dataset):
     "Images of a dataset version and their class numbers, as (uint8 (3, s, s), int64 (targets,))."
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset,                 # its shards must stay where they are
         ids: Sequence[str],               # which of its images, in this order
         labels: np.ndarray,               # class numbers, int64 (n, targets); -1: not labelled
         how: Preprocessing,               # how prediction cuts an image
@@ -100,8 +100,8 @@ def loss_of(
 
 # %% ../../notebooks/library/models/05_finetune.ipynb #ed325dcb
 def make_optimizer(
-    network: Network,
-    recipe: Recipe,
+    network: Network,  # whose weights are to be trained, all of them
+    recipe: Recipe,    # optimizer, learning rate, weight decay, schedule
     steps: int,        # optimizer steps of the whole training
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.SequentialLR]:
     "The optimizer, and the learning rates, one a step."
@@ -116,11 +116,11 @@ def make_optimizer(
 
 # %% ../../notebooks/library/models/05_finetune.ipynb #61f9e104
 def save_state(
-    file: Path,
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    progress: dict,  # what else is to be known again; JSON-able
+    file: Path,                                      # a safetensors file
+    network: Network,                                # its weights
+    optimizer: torch.optim.Optimizer,                # its moments and learning rate
+    schedule: torch.optim.lr_scheduler.LRScheduler,  # where it has got to
+    progress: dict,                                  # what else is to be known again; JSON-able
 ) -> None:
     "Write weights, the states of optimizer and schedule, and `progress`, atomically."
     from safetensors.torch import save
@@ -145,8 +145,13 @@ def load_weights(file: Path, network: Network) -> None:
     tensors = load_file(file)
     network.load_state_dict({k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")})
 
-def load_state(file: Path, network: Network, optimizer: torch.optim.Optimizer, schedule) -> dict:
-    "Put all back that `save_state` wrote, as if nothing had happened in between; returns `progress`."
+def load_state(
+    file: Path,                                      # of `save_state`
+    network: Network,                                # takes the weights
+    optimizer: torch.optim.Optimizer,                # takes moments and learning rate
+    schedule: torch.optim.lr_scheduler.LRScheduler,  # goes on where it was
+) -> dict:                                           # `progress`
+    "Put all back that `save_state` wrote, as if nothing had happened in between."
     from safetensors.torch import load_file
     load_weights(file, network)
     moments: dict[int, dict] = {}

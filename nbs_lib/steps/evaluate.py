@@ -59,8 +59,8 @@ def measure_all(
 def judge(
     labels: dict[str, np.ndarray],    # target -> class numbers of the test images, int64 (n,); -1: not labelled
     classes: dict[str, list[str]],    # target -> names of its classes
-    candidate: Answers,
-    production: Answers | None,       # None: nothing is in production, or the candidate itself
+    candidate: Answers,               # to the test images
+    production: Answers | None,       # to the same; None: nothing is in production, or the candidate itself
     gate: Gate,                       # minimum and margins
     serves_already: bool = False,     # the candidate is in production
 ) -> Decision:

@@ -56,7 +56,7 @@ def fit_head(
     y: np.ndarray,        # their class numbers, int64 (n,); -1: not labelled, left out
     x_valid: np.ndarray,  # features of the validation images, float32 (m, d)
     y_valid: np.ndarray,  # their class numbers, int64 (m,); where none is labelled, nothing is searched
-    n_classes: int,
+    n_classes: int,       # of the target
     name: str = "label",  # of the target, for messages
 ) -> Head:                # the one of the lowest validation log-loss
     "A logistic regression and its strength; raises `UserError` where the training images have fewer than two classes."
@@ -75,7 +75,11 @@ def fit_head(
     return replace(best, losses=losses)
 
 # %% ../../notebooks/20_train.ipynb #68903bd5
-def train_heads(dataset: Dataset, recipe: Recipe, plan: Plan) -> Trained:
+def train_heads(
+    dataset: Dataset,  # its images of train and validation
+    recipe: Recipe,    # backbone, image size, batch size, seed
+    plan: Plan,        # what the features are computed on
+) -> Trained:
     "A frozen backbone with a regularised logistic regression for each target; raises `UserError`."
     network, how = start_network(dataset, recipe)
     rows = dataset.rows[dataset.rows["split"] != "test"]
@@ -90,11 +94,11 @@ def train_heads(dataset: Dataset, recipe: Recipe, plan: Plan) -> Trained:
 
 # %% ../../notebooks/20_train.ipynb #c95a3825
 def train_network(
-    network: Network,
+    network: Network,    # is changed
     train: ShardImages,  # varied training images
     valid: ShardImages,  # validation images, cut as prediction cuts them
-    recipe: Recipe,
-    plan: Plan,
+    recipe: Recipe,      # epochs, batch size, learning rate, patience and the rest
+    plan: Plan,          # device and precision
     folder: Path,        # of `best.safetensors` and `last.safetensors`; where the last is there, it goes on from it
     on_epoch: Callable[[int, dict], None] | None = None,  # called with an epoch's number, from 1, and its losses
 ) -> None:
@@ -140,8 +144,8 @@ def train_network(
 
 # %% ../../notebooks/20_train.ipynb #518baa8c
 def validate_network(
-    accelerator,
-    network: torch.nn.Module,
+    accelerator,                          # of this process
+    network: torch.nn.Module,             # as the accelerator prepared it
     checks: torch.utils.data.DataLoader,  # batches of validation images
     sizes: list[int],                     # classes of each target
 ) -> dict[str, float]:
@@ -159,11 +163,11 @@ def validate_network(
 
 # %% ../../notebooks/20_train.ipynb #8797e7dd
 def finetune(
-    network: Network,
-    train: ShardImages,
-    valid: ShardImages,
-    recipe: Recipe,
-    plan: Plan,
+    network: Network,               # gets the best epoch's weights
+    train: ShardImages,             # varied training images
+    valid: ShardImages,             # validation images
+    recipe: Recipe,                 # epochs, batch size, learning rate, patience and the rest
+    plan: Plan,                     # device and precision
     folder: Path,                   # of the unfinished training; removed when it is done
     on_epoch: Callable[[int, dict], None] | None = None,  # as above; with several processes after their end
     processes: int | None = None,   # None: one for each GPU of the plan
@@ -185,9 +189,9 @@ def finetune(
 
 # %% ../../notebooks/20_train.ipynb #19b327c8
 def train_whole(
-    dataset: Dataset,
-    recipe: Recipe,
-    plan: Plan,
+    dataset: Dataset,  # its images of train and validation
+    recipe: Recipe,    # backbone, epochs, batch size, learning rate, patience and the rest
+    plan: Plan,        # device and precision
     on_epoch: Callable[[int, dict], None] | None = None,  # called with an epoch's number, from 1, and its losses
 ) -> Trained:
     "The whole network, from pretrained weights; goes on where a killed run stopped. Raises `UserError`."
@@ -223,7 +227,12 @@ PARAMETERS = {"head": COMMON,
               "finetune": COMMON | {"epochs", "learning_rate", "optimizer", "weight_decay", "schedule",
                                     "label_smoothing", "crop", "patience"}}
 
-def make_classifier(trained: Trained, dataset: Dataset, recipe: Recipe, plan: Plan) -> Classifier:
+def make_classifier(
+    trained: Trained,  # of either way
+    dataset: Dataset,  # the one that it was trained on
+    recipe: Recipe,    # whose parameters go on the card
+    plan: Plan,        # what it runs on
+) -> Classifier:
     "Calibrate on the validation split and write the card: a model version ready to save."
     card = {"backbone": recipe.backbone, "mode": recipe.mode, "dataset": dataset.ref, "images": dataset.card["splits"],
             "plan": str(plan), "parameters": recipe.model_dump(include=PARAMETERS[recipe.mode]),

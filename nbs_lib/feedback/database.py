@@ -5,19 +5,19 @@
 # %% ../../notebooks/library/feedback/01_database.ipynb #900ae260
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
 from ..core.errors import UserError
 from ..core.settings import Settings
+from ..core.sqlite import DISK_FULL, disk_errors, open_database, reason_of, transaction
 
 # %% auto #0
 __all__ = ['STORE_FORMAT', 'STORE_TABLES', 'feedback_file', 'has_feedback', 'packed', 'unpacked', 'store_errors', 'sync_folder',
@@ -63,16 +63,13 @@ def unpacked(row: sqlite3.Row) -> dict:
     return {k: json.loads(row[k]) if k in dicts and row[k] else row[k] for k in row.keys()}
 
 # %% ../../notebooks/library/feedback/01_database.ipynb #f5724cf4
-@contextmanager
-def store_errors(place: Path, what: str = "this was not saved, all before it is") -> Iterator[None]:
+def store_errors(place: Path, what: str = "this was not saved, all before it is") -> AbstractContextManager[None]:
     "Within, troubles of the disk and the file are raised as a `UserError` that says what came of it: `what`."
-    try: yield
-    except (sqlite3.IntegrityError, sqlite3.ProgrammingError): raise  # a mistake of ours
-    except (OSError, sqlite3.Error) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "full" in str(error)
-        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-        advice = "free some space" if full else "see to it that it can be read and written"
-        raise UserError(f"{place}: {reason}; {what}; {advice} and do it again") from error
+    def sentence(error) -> str:
+        reason = reason_of(error)
+        advice = "free some space" if reason == DISK_FULL else "see to it that it can be read and written"
+        return f"{place}: {reason}; {what}; {advice} and do it again"
+    return disk_errors(sentence)
 
 # %% ../../notebooks/library/feedback/01_database.ipynb #249321a8
 def sync_folder(folder: Path) -> None:
@@ -84,9 +81,7 @@ def sync_folder(folder: Path) -> None:
 def open_feedback(file: Path) -> sqlite3.Connection:
     "A connection to the feedback in `file`, which is made where it is missing; raises `UserError`."
     file.parent.mkdir(parents=True, exist_ok=True)
-    db = sqlite3.connect(file, timeout=60, isolation_level=None, check_same_thread=False)
-    db.row_factory = sqlite3.Row
-    for pragma in ("synchronous = full", "foreign_keys = on"): db.execute(f"pragma {pragma}")
+    db = open_database(file)
     [format] = db.execute("pragma user_version").fetchone()
     if format > STORE_FORMAT:
         raise UserError(f"{file}: made by a newer Loopbook (format {format}, this one knows {STORE_FORMAT}); "
@@ -122,22 +117,14 @@ class FeedbackDatabase:
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         "A transaction that holds the write lock; all or nothing."
-        db = self._db()
-        with store_errors(self.folder):
-            db.execute("begin immediate")
-            try:
-                yield db
-                db.execute("commit")
-            finally:
-                if db.in_transaction: db.execute("rollback")
+        with store_errors(self.folder), transaction(self._db()) as db: yield db
 
 # %% ../../notebooks/library/feedback/01_database.ipynb #5682fe37
 def last_word(recipe: str, settings: Settings) -> int:
     "The number of the last row in a recipe's history; 0 where nothing was said yet; raises `UserError`."
     file = feedback_file(settings, recipe)
     if not file.exists(): return 0
-    try:
-        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=60)) as db:
-            return db.execute("select coalesce(max(seq), 0) from history").fetchone()[0]
-    except sqlite3.Error as error:
-        raise UserError(f"{file}: cannot be read ({error}); see to it that it is a feedback store") from None
+    def sentence(error) -> str:
+        return f"{file}: cannot be read ({reason_of(error)}); see to it that it is a feedback store"
+    with disk_errors(sentence), closing(open_database(file, read_only=True)) as db:
+        return db.execute("select coalesce(max(seq), 0) from history").fetchone()[0]

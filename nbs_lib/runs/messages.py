@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
-from ..core.errors import UserError
+from ..core.errors import UserError, without_password
 from ..core.settings import Settings, load_settings
 from .records import Run
-from ..tracking.tracker import open_tracker, plain
+from ..tracking.tracker import open_tracker
 
 # %% auto #0
 __all__ = ['VARIABLE', 'CLUE', 'KINDS', 'addresses', 'secret_names', 'notify', 'messages']
@@ -94,7 +94,7 @@ def notify(event: str, title: str, text: str, settings: Settings | None = None, 
     Returns what went wrong, a line each and without secrets, and adds it to the file `log`. Raises nothing but `UserError` for the settings."""
     settings = settings or load_settings()
     if event != "completed" and event not in settings.notify.events: return []
-    title, text = plain(" ".join(title.split()))[:200], plain(text.strip() or title)[:4000]
+    title, text = without_password(" ".join(title.split()))[:200], without_password(text.strip() or title)[:4000]
     answers: dict[str, str | None] = {}
     def attempt(way, send):
         try: answers[way] = send()

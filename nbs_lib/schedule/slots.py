@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from ..core.errors import UserError, nearest
 from ..core.files import home
 from ..core.settings import Schedule, load_settings
+from ..core.sqlite import disk_errors, open_database, reason_of, transaction
 from ..runs import records
 from .jobs import Job, count_slots, last_slot
 
@@ -83,19 +84,16 @@ create index if not exists tokens on slots (token);
 def _database() -> Iterator[sqlite3.Connection]:
     "A transaction on `outputs/schedule.sqlite`, on disk when it is left; raises `UserError`."
     file = home() / "outputs" / "schedule.sqlite"
-    try:
+    def sentence(error) -> str:
+        return (f"{file}: the schedule cannot be kept there ({reason_of(error)}); free some space or make the folder "
+                "writable, or move a damaged file away")
+    with disk_errors(sentence):
         file.parent.mkdir(parents=True, exist_ok=True)
         new = not file.exists()
-        with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as db:
-            if new or not db.execute("select 1 from sqlite_master where name = 'tokens'").fetchone(): db.executescript(SCHEMA)
-            db.execute("pragma synchronous = full")
-            db.row_factory = sqlite3.Row
-            db.execute("begin immediate")
-            yield db
-            db.execute("commit")
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(f"{file}: the schedule cannot be kept there ({error}); free some space or make the folder writable, "
-                        "or move a damaged file away") from None
+        with closing(open_database(file, wait=30)) as db:
+            if new or not db.execute("select 1 from sqlite_master where name = 'tokens'").fetchone():
+                db.executescript(SCHEMA)
+            with transaction(db): yield db
 
 def _select(db, where: str, *values) -> list[Slot]:
     return [Slot(**dict(r)) for r in db.execute(f"select * from slots where {where}", values)]

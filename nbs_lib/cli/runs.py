@@ -75,24 +75,28 @@ def loop(recipe: RecipeName = None,
          as_json: Json = False):
     "Download, train and evaluate what has changed, and promote a better model."
     from nbs_lib.loop.loop import run_loop
+    from nbs_lib.runs.results import Judged
     if source and Path(source).expanduser().exists(): source = str(Path(source).expanduser().resolve())  # as seen from here, not from the home
     start = time.perf_counter()
     with progress() as (on_step, on_cell): result = run_loop(recipe, source, force, on_step=on_step, on_cell=on_cell)
-    if as_json: print_json({"status": result.status, "decision": result.steps[-1].summary.get("decision"), "seconds": round(time.perf_counter() - start, 3),
-                            "recipe": result.recipe, "group": result.group, "steps": [record(s) for s in result.steps]})
-    else: _summary(result)
+    judged = Judged.read(result.steps[-1].summary)
+    if as_json: print_json({"status": result.status, "decision": judged.decision if judged else None,
+                            "seconds": round(time.perf_counter() - start, 3), "recipe": result.recipe,
+                            "group": result.group, "steps": [record(s) for s in result.steps]})
+    else: _summary(result, judged)
     _tell(result.steps)
     ended(result.status)
 
-def _summary(result) -> None:
+def _summary(result, judged) -> None:
     "What a loop came to, in a few lines."
-    screen, facts = console(), result.steps[-1].summary
-    if (accuracy := facts.get("accuracy")) and "decision" in facts:
-        before = facts.get("production_accuracy") or {}
+    screen = console()
+    if judged and judged.accuracy:
+        before = judged.production_accuracy
+        rows = [(t, f"{a:.1%}", f"{before[t]:.1%}" if t in before else "–") for t, a in judged.accuracy.items()]
         print()
-        table(["accuracy", "candidate", "production before"], [(t, f"{a:.1%}", f"{before[t]:.1%}" if t in before else "–") for t, a in accuracy.items()])
-        screen.print(f"\ndecision     {facts['decision']}: {'; '.join(facts.get('reasons') or ['no reason given'])}", markup=False)
-        screen.print(f"production   {facts.get('production') or 'none'}", markup=False)
+        table(["accuracy", "candidate", "production before"], rows)
+        screen.print(f"\ndecision     {judged}", markup=False)
+        screen.print(f"production   {judged.production or 'none'}", markup=False)
     for step in result.steps: screen.print(f"{step.step:<12} {near(Path(step.folder) / step.step)}.html", markup=False)
     screen.print(f"dashboard    {sys.argv[0] if Path(sys.argv[0]).name == 'loopbook' else 'loopbook'} dashboard", markup=False)
 
@@ -114,6 +118,7 @@ def merge(recipe: RecipeName = None,
     "Take what people said of images into the next version of the dataset."
     from nbs_lib.runs.execute import run_notebook
     from nbs_lib.core.settings import load_settings, use_recipe
+    from nbs_lib.runs.results import Merged
     from nbs_lib.runs.writer import writer
     name, _ = use_recipe(load_settings(), recipe)
     with writer(f"merge of {name}", wait=False), progress() as (on_step, on_cell):
@@ -121,10 +126,11 @@ def merge(recipe: RecipeName = None,
         run = run_notebook("merge", {"recipe": name, "force": force}, on_cell=on_cell)
         on_step("merge", run)
     if as_json: print_json({"status": run.status, "error": run.error, "run": run.id, "folder": run.folder} | run.summary)
-    elif run.status == "completed":
+    elif run.status == "completed" and (merged := Merged.read(run.summary)):
         print()
-        table(["outcome", "reason", "images"], [(w["outcome"], w["reason"], f"{w['images']:,}") for w in run.summary["why"]])
-        console().print(f"\ndataset      {run.summary['dataset']}, {run.summary['rows']:,} images, {'new' if run.summary['new_version'] else 'as before'}", markup=False)
+        table(["outcome", "reason", "images"], [(row.outcome, row.reason, f"{row.images:,}") for row in merged.why])
+        made = "new" if merged.new_version else "as before"
+        console().print(f"\ndataset      {merged.dataset}, {merged.rows:,} images, {made}", markup=False)
         console().print(f"merge        {near(Path(run.folder) / 'merge.html')}", markup=False)
     ended(run.status)
 

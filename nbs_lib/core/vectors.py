@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 # %% auto #0
-__all__ = ['FeatureCache']
+__all__ = ['VectorCache']
 
 # %% ../../notebooks/library/core/06_vectors.ipynb #b6529b58
-class FeatureCache:
+class VectorCache:
     "Vectors by image id, in one SQLite file for each `key`; several processes may use it at once."
     def __init__(self, key: Sequence, dtype: str = "float16"):
         name = hashlib.sha256(json.dumps([*key, dtype]).encode()).hexdigest()[:20]

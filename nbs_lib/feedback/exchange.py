@@ -20,6 +20,7 @@ from ..core.settings import use_recipe
 from ..data.images import BadImage
 from ..data.items import SUFFIXES, Item, read_items
 from ..data.versions import newest
+from ..data.write import LISTED
 from .answers import BadName, check_label, check_user
 from .store import Sent, Store
 from ..tracking.tracker import open_tracker
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['LISTED', 'known_classes', 'parse_labels', 'take_in', 'add_files', 'import_folder', 'export']
+__all__ = ['known_classes', 'parse_labels', 'take_in', 'add_files', 'import_folder', 'export']
 
 # %% ../../notebooks/library/feedback/03_exchange.ipynb #782b24c7
 def known_classes(store: Store) -> dict[str, list[str]]:
@@ -57,8 +58,6 @@ def parse_labels(texts: Iterable[str], classes: dict[str, list[str]]) -> dict[st
     return labels
 
 # %% ../../notebooks/library/feedback/03_exchange.ipynb #ba3b586e
-LISTED = 200  # names in each list of a report; its numbers count all
-
 def _staged(store: Store, place: Path, items: Iterable[Item], classes: dict[str, list[str]]) -> Iterator[tuple]:
     "Each file with its image's id (None where it is bad) and what is said of it; checked on several threads."
     def check(item: Item) -> tuple[Item, str | None, dict[str, str]]:

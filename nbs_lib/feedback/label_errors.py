@@ -13,8 +13,7 @@ from ..core.errors import UserError
 from ..data.dataset import Dataset, class_numbers
 from ..data.views import plot_pictures
 from .store import Store
-from ..models.classifier import softmax
-from ..models.head import fit_head
+from ..models.head import STRENGTHS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,23 +26,28 @@ __all__ = ['FOLDS', 'out_of_sample', 'find_suspects', 'suspects_of', 'queue_susp
 FOLDS = 5
 
 def out_of_sample(features: np.ndarray, labels: np.ndarray, folds: int = FOLDS) -> np.ndarray:
-    "Probabilities (n, classes), float64, for features (n, d) and class numbers (n,), each class with at least `folds` images."
-    from sklearn.model_selection import StratifiedKFold
-    probabilities = np.zeros((len(labels), labels.max() + 1))
-    for taught, asked in StratifiedKFold(folds, shuffle=True, random_state=0).split(features, labels):
-        head = fit_head(features[taught], labels[taught], features[asked], labels[asked], probabilities.shape[1])
-        probabilities[asked] = softmax(head.logits(features[asked]))
-    return probabilities
+    "Probabilities (n, classes) for features (n, d) and class numbers (n,), each class with at least `folds` images."
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    scaled = (features - features.mean(0)) / (float(features.std(0).mean()) or 1.0)
+    regression = LogisticRegressionCV(Cs=STRENGTHS, cv=StratifiedKFold(2), scoring="neg_log_loss", max_iter=500,
+                                      l1_ratios=(0,), use_legacy_attributes=False)
+    dealt = StratifiedKFold(folds, shuffle=True, random_state=0)
+    return cross_val_predict(regression, scaled, labels, cv=dealt, method="predict_proba")
 
 # %% ../../notebooks/library/feedback/05_label_errors.ipynb #0cad73a7
 def find_suspects(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    "The positions of class numbers (n,) that look wrong beside out-of-sample probabilities (n, classes), the most suspicious first."
+    "Positions of class numbers (n,) at odds with out-of-sample probabilities (n, classes), the most suspicious first."
     from cleanlab.filter import find_label_issues
     return find_label_issues(labels, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
 
 # %% ../../notebooks/library/feedback/05_label_errors.ipynb #31ba4b50
-def suspects_of(features: np.ndarray, rows: pd.DataFrame, targets: dict[str, list[str]]) -> pd.DataFrame:
-    "The suspects among a dataset's `rows` with `features` (n, d), most suspicious first: id, target, given, suggested, score (probability of the label), split."
+def suspects_of(
+    features: np.ndarray,           # of all rows, float (n, d)
+    rows: pd.DataFrame,             # a dataset's rows (n): id, split, and a column for each target
+    targets: dict[str, list[str]],  # target -> its classes
+) -> pd.DataFrame:                  # id, target, given, suggested, score (probability of the label, 0..1), split
+    "The rows whose labels look wrong, most suspicious first; raises `UserError` where nothing can be judged."
     import pandas as pd
     tables = []
     for target, y in class_numbers(rows, targets).items():
@@ -53,22 +57,36 @@ def suspects_of(features: np.ndarray, rows: pd.DataFrame, targets: dict[str, lis
         labels = np.searchsorted(numbers, y[known])
         p = out_of_sample(features[known], labels)
         found, names = find_suspects(labels, p), np.array(targets[target], object)[numbers]
-        tables.append(pd.DataFrame({"id": rows["id"].to_numpy()[known[found]], "target": target, "given": names[labels[found]],
-                                    "suggested": names[p[found].argmax(1)], "score": p[found, labels[found]], "split": rows["split"].to_numpy()[known[found]]}))
-    if not tables: raise UserError(f"no target has two classes of at least {FOLDS} images; add images before looking for wrong labels")
+        suspects = rows.iloc[known[found]]
+        tables.append(pd.DataFrame({"id": suspects["id"].to_numpy(), "target": target, "given": names[labels[found]],
+                                    "suggested": names[p[found].argmax(1)], "score": p[found, labels[found]],
+                                    "split": suspects["split"].to_numpy()}))
+    if not tables:
+        raise UserError(f"no target has two classes of at least {FOLDS} images; "
+                        "add images before looking for wrong labels")
     return pd.concat(tables).sort_values("score", kind="stable", ignore_index=True)
 
 # %% ../../notebooks/library/feedback/05_label_errors.ipynb #4731438d
-def queue_suspects(store: Store, dataset: Dataset, table: pd.DataFrame, most: int) -> list[str]:
-    "Queue the images of the first suspects, at most `most`; returns their ids, the most suspicious first."
-    chosen = dict.fromkeys(list(dict.fromkeys(table["id"]))[:most])
-    for id, data in dataset.images(chosen): store.add(data, f"{id[:12]} of {dataset.ref or dataset.card['name']}", "label errors")
-    def why(rows): return {"given": dict(zip(rows["target"], rows["given"], strict=True)), "suggested": dict(zip(rows["target"], rows["suggested"], strict=True)), "score": float(rows["score"].min())}
+def queue_suspects(
+    store: Store,
+    dataset: Dataset,
+    table: pd.DataFrame,  # of `suspects_of`
+    most: int,            # images
+) -> list[str]:           # ids, the most suspicious first
+    "Queue the images of the first suspects."
+    chosen = list(dict.fromkeys(table["id"]))[:most]
+    for id, data in dataset.images(chosen):
+        store.add(data, f"{id[:12]} of {dataset.ref or dataset.card['name']}", "label errors")
+    def why(rows: pd.DataFrame) -> dict:
+        given, suggested = (dict(zip(rows["target"], rows[column], strict=True)) for column in ("given", "suggested"))
+        return {"given": given, "suggested": suggested, "score": float(rows["score"].min())}
     store.suspects((id, why(table[table["id"] == id])) for id in chosen)
-    return list(chosen)
+    return chosen
 
+# %% ../../notebooks/library/feedback/05_label_errors.ipynb #181717bc
 def draw_suspects(dataset: Dataset, table: pd.DataFrame, most: int = 18) -> Figure:
-    "The first suspects as pictures, with the label they have, its probability, and the label they should perhaps have."
+    "The first suspects as pictures, with the label they have, its probability, and the one they should perhaps have."
     shown = table.head(most)
     pictures = dict(dataset.images(shown["id"]))
-    return plot_pictures([(f"{s.given} ({s.score:.0%})\nrather {s.suggested}", pictures[s.id]) for s in shown.itertuples()])
+    return plot_pictures([(f"{s.given} ({s.score:.0%})\nrather {s.suggested}", pictures[s.id])
+                          for s in shown.itertuples()])

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ..core.settings import Feedback, Settings
 from ..data.dataset import Dataset
 from ..data.items import Item
-from ..data.near_copies import alike, limit_for, nearest, thumbnails
-from ..data.views import plain
+from ..data.near_copies import alike, limit_for, most_similar, thumbnails
+from ..data.views import plot_text
 from ..data.write import hash_split, write_version
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def keep_apart(
     new, old = thumbnails([a.id for a in joining], images), thumbnails(list(rows["id"]), dataset.images)
     training = (rows["split"] == "train").to_numpy()
     limit = limit_for(old[~training], old[training], least)
-    similarity, twin = nearest(new, old[~training])
+    similarity, twin = most_similar(new, old[~training])
     for answer, score, position in zip(joining, similarity, twin, strict=True):
         if score < limit: continue
         image = rows[~training].iloc[position]
@@ -92,7 +92,7 @@ def _give_splits(joining: list[Answer], pictures: np.ndarray, training: np.ndarr
     for answer, group in zip(joining, alike(pictures, limit), strict=True): answer.group = int(group)
     splits = {a.group: hash_split(a.id) for a in reversed(joining)}
     unsure = [n for n, a in enumerate(joining) if splits[a.group] != "train"]
-    for n, score in zip(unsure, nearest(pictures[unsure], training)[0], strict=True):
+    for n, score in zip(unsure, most_similar(pictures[unsure], training)[0], strict=True):
         if score >= limit: splits[joining[n].group] = "train"
     for answer in joining: answer.split = splits[answer.group]
 
@@ -192,7 +192,7 @@ def plot_growth(table: pd.DataFrame, most: int = 24) -> Figure:
     import matplotlib.pyplot as plt
     rows = table.head(most)[::-1]
     names = rows["class"] if rows["target"].nunique() == 1 else rows["target"] + ": " + rows["class"]
-    names = names.map(plain)
+    names = names.map(plot_text)
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
     stayed = rows[["before", "after"]].min(axis=1)
     axes.barh(names, stayed, color="#b8bec8", label="before")

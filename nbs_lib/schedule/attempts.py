@@ -21,6 +21,7 @@ from ..core.files import home
 from ..core.settings import Settings, load_settings
 from ..loop.changes import look, news
 from ..runs import records
+from ..runs.results import Judged
 from ..runs.writer import Busy, writer
 from . import slots
 from .jobs import Job, length, locate
@@ -42,8 +43,8 @@ class Outcome:
 
 def result_of(run: records.Run) -> str | None:
     "What came of a run, in a line."
-    if decision := run.summary.get("decision"): return f"{decision}: {'; '.join(run.summary.get('reasons') or [])}"
-    return ", ".join(run.outputs) or None
+    judged = Judged.read(run.summary)
+    return str(judged) if judged else ", ".join(run.outputs) or None
 
 def attempt(job: Job, trigger: str, told: Callable[[str | None], None] | None = None, before: dict | None = None, **on: Callable) -> Outcome:
     """Do what the job says, once; `before` is the mark of its last success; raises `UserError`.

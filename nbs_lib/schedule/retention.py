@@ -17,6 +17,7 @@ from ..core.settings import Settings, load_settings
 from ..runs import records
 from ..runs.index import write_index
 from ..runs.records import Run
+from ..runs.results import Judged
 from ..runs.writer import writer
 from . import slots
 from ..tracking.tracker import Tracker, open_tracker
@@ -35,7 +36,8 @@ class Lineage:
 
     def holds(self, run: Run) -> bool:
         "Whether a run made one of the versions, or promoted one."
-        promoted = run.summary.get("decision") == "promote" and run.summary.get("production") in self.refs
+        judged = Judged.read(run.summary)
+        promoted = judged is not None and judged.promoted and judged.production in self.refs
         return promoted or any(f"-{run.id}-" in tracked for tracked in self.runs)
 
 def lineage(tracker: Tracker) -> Lineage:

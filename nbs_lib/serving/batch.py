@@ -57,7 +57,7 @@ def _stamp(file: Path) -> str:
     except OSError: return ""  # reading it will tell
     return f"{found.st_size} {found.st_mtime_ns}"
 
-def _text(path: Path) -> str:
+def _path_text(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()  # a file's name may be no valid text
 
 # %% ../../notebooks/library/serving/01_batch.ipynb #be054e25
@@ -87,15 +87,15 @@ def write_predictions(files: Sequence[Path], out: Path, recipe: str | None = Non
         with transaction(db):
             db.execute("DELETE FROM rows WHERE model != ? OR json_extract(row, '$.error') IS NOT NULL", [predictor.digest])
         known = dict(db.execute("SELECT path, stamp FROM rows"))
-        todo = [(f, stamp) for f in files if (stamp := _stamp(f)) != known.get(_text(f))]
+        todo = [(f, stamp) for f in files if (stamp := _stamp(f)) != known.get(_path_text(f))]
         on_rows(len(files) - len(todo))
         for batch in batches(zip(todo, predictor.predict(f for f, _ in todo), strict=True), BATCH):
             with transaction(db):
                 db.executemany("INSERT OR REPLACE INTO rows VALUES(?, ?, ?, ?)",
-                               [(_text(f), stamp, predictor.digest, json.dumps(_flat(row))) for (f, stamp), row in batch])
+                               [(_path_text(f), stamp, predictor.digest, json.dumps(_flat(row))) for (f, stamp), row in batch])
             on_rows(len(batch))
-        def found(file): return json.loads(db.execute("SELECT row FROM rows WHERE path = ?", [_text(file)]).fetchone()[0])
-        _write_table(({"path": _text(f), **found(f)} for f in files), predictor.targets, out)
+        def found(file): return json.loads(db.execute("SELECT row FROM rows WHERE path = ?", [_path_text(file)]).fetchone()[0])
+        _write_table(({"path": _path_text(f), **found(f)} for f in files), predictor.targets, out)
         [unreadable] = db.execute("SELECT count(*) FROM rows WHERE json_extract(row, '$.error') IS NOT NULL").fetchone()
     return {"out": str(out), "model": predictor.version, "images": len(files), "unreadable": unreadable}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..runs.results import Judged
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -26,7 +28,7 @@ def by_step(runs: Iterable) -> pd.DataFrame:
 def decisions(runs: Iterable) -> list[dict]:
     "What the gate said, newest first: when, which model, promote or keep, and why."
     return [{"when": r.started_at[:16].replace("T", " "), "model": next((i for i in r.inputs if "-model:" in i), None),
-             "decision": r.summary["decision"], "reasons": "; ".join(r.summary.get("reasons") or [])} for r in runs if r.summary.get("decision")]
+             "decision": judged.decision, "reasons": judged.why} for r in runs if (judged := Judged.read(r.summary))]
 
 # %% ../../notebooks/71_digest.ipynb #30eaa043
 def said(history: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from ..data.versions import add_version
 from ..data.views import plot_pictures
 from ..feedback.merge import Answer, growth, outcomes, plot_growth, weigh, write_merged
 from ..feedback.store import Store
+from ..runs.results import Merged, ReasonCount
 from ..tracking.tracker import TrackedRun, Tracker, open_tracker
 
 # %% auto #0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import UserError
 from ..core.settings import load_settings, use_recipe
-from ..data.views import plain, plot_pictures
+from ..data.views import plot_pictures, plot_text
 from ..serving.batch import image_files, write_predictions
 from ..tracking.tracker import open_tracker
 
@@ -90,7 +90,7 @@ def draw_sureness(table: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, len(targets), figsize=size, layout="constrained", squeeze=False)
     for axes, target in zip(panels[0], targets, strict=True):
         axes.hist(table[f"{target}.probability"].dropna(), bins=20, range=(0, 1), color="#4c78a8")
-        axes.set(title=plain(target), xlabel="probability", xlim=(0, 1))
+        axes.set(title=plot_text(target), xlabel="probability", xlim=(0, 1))
     panels[0][0].set_ylabel("images")
     return figure
 

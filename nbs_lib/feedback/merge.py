@@ -188,7 +188,7 @@ def growth(before: Dataset, after: Dataset) -> pd.DataFrame:
 
 # %% ../../notebooks/library/feedback/04_merge.ipynb #fa106745
 def plot_growth(table: pd.DataFrame, most: int = 24) -> Figure:
-    "The `most` classes that changed most, as bars: grey what was there, green what joined, red what went to another class."
+    "The `most` classes that changed most: grey what was there, green what joined, red what went to another class."
     import matplotlib.pyplot as plt
     rows = table.head(most)[::-1]
     names = rows["class"] if rows["target"].nunique() == 1 else rows["target"] + ": " + rows["class"]

@@ -19,18 +19,19 @@ from ..runs.results import Merged, ReasonCount
 from ..tracking.tracker import TrackedRun, Tracker, open_tracker
 
 # %% auto #0
-__all__ = ['merge']
+__all__ = ['merge', 'merge_in_short', 'taken_pictures', 'copies_left_out']
 
 # %% ../../notebooks/52_merge.ipynb #0b569004
 def merge(
     name: str,             # of the recipe
     settings: Settings,
     tracker: Tracker,
-    run: TrackedRun,              # that the version is made by
+    run: TrackedRun,       # that the version is made by
     force: bool = False,   # however few images are new
 ) -> tuple[Dataset, bool, list[Answer]]:   # the newest version, whether it is new, what came of each answer
     "Log what people said as the next version of `NAME-dataset`; raises `UserError`."
-    store, answers = Store(name, settings), []
+    store = Store(name, settings)
+    answers: list[Answer] = []
     def write(folder: Path, parent: Dataset | None) -> Dataset:
         if parent is None:
             raise UserError(f"recipe {name!r} has no dataset yet; `loopbook run download -p recipe {name}` makes one")
@@ -38,4 +39,37 @@ def merge(
                            settings.feedback, force)
         return write_merged(folder, parent, answers, store.image, settings)
     data, is_new = add_version(name, settings, tracker, run, write)
+    assert data is not None                # `write` makes one, or keeps its parent
     return data, is_new, answers
+
+# %% ../../notebooks/52_merge.ipynb #1524324c
+def merge_in_short(data: Dataset, is_new: bool, counts: Counter) -> str:
+    "What was decided, as Markdown; `counts` are the answers of each outcome."
+    rows = f"{data.card['rows']:,}"
+    if is_new:
+        return (f"**{data.ref}** is a new version of {rows} images: **{counts['joins']:,}** joined, "
+                f"**{counts['corrects']:,}** corrected.")
+    return (f"Nothing is merged: **{data.ref}** with its {rows} images stays the newest version; "
+            f"**{counts['waits']:,}** images wait.")
+
+def taken_pictures(answers: list[Answer], store: Store, most: int = 12) -> list[tuple[str, bytes]]:
+    "Title (the new label, who said so) and file of up to `most` images that joined or were corrected."
+    def title(answer: Answer) -> str:
+        return f"{_labels(answer)}\n{answer.user}{', corrected' if answer.outcome == 'corrects' else ''}"
+    taken = [a for a in answers if a.taken]
+    most = min(most, len(taken))
+    return [(title(a), store.image(a.id)) for a in (taken[i * len(taken) // most] for i in range(most))]
+
+def copies_left_out(
+    answers: list[Answer],
+    store: Store,                  # in which the copies are
+    data: Dataset,                 # in which the images are that they are like
+    most: int = 6,                 # pairs
+) -> list[tuple[str, bytes]]:      # title and file
+    "Images that were left out, each followed by the one that it is a copy of."
+    copies = [a for a in answers if a.outcome == "left out" and a.like][:most]
+    twins = dict(data.images([a.like for a in copies]))
+    pairs = [((f"{_labels(a)}, left out", store.image(a.id)), ("like this one", twins[a.like])) for a in copies]
+    return [picture for pair in pairs for picture in pair]
+
+def _labels(answer: Answer) -> str: return ", ".join(answer.labels.values())

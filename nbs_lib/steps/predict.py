@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['photos_at', 'keep_uploads', 'drop_box', 'read_answers', 'answered', 'class_counts', 'draw_sureness', 'least_sure',
-           'in_short']
+           'predictions_in_short']
 
 # %% ../../notebooks/40_predict.ipynb #3a965ed0
 def photos_at(source: str, home: Path) -> list[Path]:
@@ -106,7 +106,7 @@ def least_sure(table: pd.DataFrame, most: int) -> list[tuple[int, str]]:
     return [(int(number), title(row)) for number, row in rows.iterrows()]
 
 # %% ../../notebooks/40_predict.ipynb #bb88ff9c
-def in_short(
+def predictions_in_short(
     table: pd.DataFrame,  # from `read_answers`
     said: dict,           # what `write_predictions` returned
     asked: str,           # where the photos came from
@@ -115,5 +115,6 @@ def in_short(
     good = table["sure"].dropna()
     text = f"**{escape(said['model'])}** was asked about **{said['images']:,}** images: <code>{escape(asked)}</code>. "
     text += f"**{len(good):,}** are answered, **{said['unreadable']:,}** cannot be read."
-    if len(good): text += f" It is at least **{good.median():.0%}** sure of half of them, **{good.min():.0%}** at worst."
+    sure = f" It is at least **{good.median():.0%}** sure of half of them, and **{good.min():.0%}** at worst."
+    if len(good): text += sure
     return f"{text} The table: <code>{escape(said['out'])}</code>."

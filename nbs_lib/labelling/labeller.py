@@ -161,7 +161,7 @@ def _show(self: Labeller, question: Question | None) -> None:
     self._options()
     model = question.item.prediction and question.item.prediction["model"]
     self.model.value = f"{model} says:" if model else "No model is in production yet: pick the class."
-    self.caption.value = _caption(question)
+    self.caption.value = _photo_caption(question)
 
 # %% ../../notebooks/library/labelling/03_labeller.ipynb #7e4c487c
 @patch
@@ -175,7 +175,7 @@ def _layout(self: Labeller, some: bool) -> None:
 def _proposal(self: Labeller, question: Question) -> dict[str, str]:
     return {t: c for t, c in question.proposal.items() if t in self.questions.targets}
 
-def _caption(question: Question) -> str:
+def _photo_caption(question: Question) -> str:
     "The photo's name, and what people or the dataset said of it."
     item = question.item
     said = [f"{user} says {labels_text(labels) if labels else 'don’t know'}" for user, labels in item.said.items()]

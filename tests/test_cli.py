@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
 LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
@@ -112,6 +113,28 @@ def test_json_has_no_value_that_only_python_reads(capsys):
 def test_empty_lists(home):
     for words in (["datasets"], ["models"]):
         assert json.loads(loopbook(*words, "--json").stdout) == [] and "loopbook loop" in loopbook(*words).stdout
+
+
+MADE = """
+import tempfile
+from pathlib import Path
+from small_data import small_dataset
+from nbs_lib.core.settings import load_settings
+from nbs_lib.data.versions import add_version
+from nbs_lib.tracking.tracker import open_tracker
+settings, tracker = load_settings(), open_tracker()
+with tracker.start("faces-download", "download") as run:
+    add_version("faces", settings, tracker, run, lambda folder, parent: small_dataset(folder, 12, ("red", "blue", "green")))
+"""
+
+
+def test_datasets_show_their_targets(home):
+    (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n")
+    subprocess.run([sys.executable, "-c", MADE], check=True, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    lines = loopbook("datasets").stdout.splitlines()
+    assert "targets (classes)" in lines[0] and "faces-dataset:v0" in lines[1] and "colour (3)" in lines[1] and " 12 " in lines[1]
+    [version] = json.loads(loopbook("datasets", "--json").stdout)
+    assert version["ref"] == "faces-dataset:v0" and version["metadata"]["classes"] == {"colour": 3}
 
 
 def test_help_is_light(home):

@@ -8,7 +8,10 @@ from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
 from nbs_lib.core.errors import UserError
-from nbs_lib.schedule.jobs import Job, count_slots, last_slot, next_slot, read_job
+from nbs_lib.core.settings import load_settings
+from nbs_lib.runs.execute import find_notebook
+from nbs_lib.runs.records import step_name
+from nbs_lib.schedule.jobs import Job, count_slots, last_slot, locate, next_slot, read_job
 
 
 @pytest.fixture
@@ -117,6 +120,16 @@ def test_the_jobs_that_ship(home):
     assert {n for n, j in shipped.items() if j.writes} == {"watch", "source", "evaluate"}
     assert all(len([line for line in f.read_text().splitlines() if line.strip()]) <= 8
                for f in (ROOT / "scheduled").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name, step", [
+    ("feedback", "feedback"), ("digest", "digest"), ("retention", "retention"), ("label_errors", "label_errors"), ("merge", "merge"),
+    ("download", "download"), ("schedule", "schedule"), ("33_train", "train"), ("33_train.ipynb", "train"), ("60_digest.ipynb", "digest")])
+def test_steps_by_their_names_and_by_file_names_that_they_once_had(read, home, name, step):
+    job = read(f"notebook: {name}\ndaily: 05:30\n")
+    file = locate(job.notebook, load_settings())
+    assert job.notebook == name and step_name(file) == step and file.parent == ROOT / "notebooks" and file == find_notebook(name)
+    assert job.writes == (step in ("download", "merge", "train"))
 
 
 def utc(text: str) -> datetime: return datetime.fromisoformat(text).replace(tzinfo=UTC)

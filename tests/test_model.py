@@ -163,13 +163,13 @@ def test_a_killed_embedding_keeps_what_it_had(home, monkeypatch):
     data = small_dataset(home / "data.set", 24)
     from nbs_lib.models.classifier import Body
     body, plan, ids = Body(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW), engine.choose("cpu", "torch", "fp32"), list(data.rows["id"])
-    stored, put = [], features.FeatureCache.put
+    stored, put = [], features.VectorCache.put
     def dies(self, ids, vectors):
         if len(stored) == 2: raise KeyboardInterrupt
         stored.append(ids)
         put(self, ids, vectors)
     with monkeypatch.context() as patch:
-        patch.setattr(features.FeatureCache, "put", dies)
+        patch.setattr(features.VectorCache, "put", dies)
         with pytest.raises(KeyboardInterrupt): features.embed(body, HOW, plan, data, ids, 8)
     assert features.embed(body, HOW, plan, data, ids, 8)[1] == 24 - 16
 

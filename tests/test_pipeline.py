@@ -87,8 +87,9 @@ def test_killed_kernel(home, make):
 
 
 def test_cell_timeout(home, make, tmp_path):
-    from nbs_lib.runs.execute import Stop, _failure, load_papermill
-    papermill, out = load_papermill(), tmp_path / "out.ipynb"
+    from nbs_lib.runs.execute import Stop, _failure
+    from nbs_lib.runs.papermill_engine import papermill
+    out = tmp_path / "out.ipynb"
     with open(tmp_path / "log", "w") as log, pytest.raises(papermill.PapermillExecutionError):
         papermill.execute_notebook(str(make("1", "import time; time.sleep(60)", "2")), str(out), engine_name="loopbook", progress_bar=False,
                                    kernel_name="python3", stop=Stop("x"), env=dict(os.environ), log=log, cell_timeout=1)

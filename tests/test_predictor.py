@@ -130,11 +130,11 @@ from nbs_lib.serving import predictor
 from nbs_lib.tracking.promotion import promote
 predictor.POLL = 0.01
 follower = predictor.Predictor()
-load, begun = predictor.Predictor._load, predictor.threading.Event()
-def slow(self, *a):
+load, begun = predictor._load_version, predictor.threading.Event()
+def slow(*a):
     begun.set()
-    return load(self, *a)
-predictor.Predictor._load = slow
+    return load(*a)
+predictor._load_version = slow
 promote(follower._tracker, "faces-model", "v1")
 assert begun.wait(20)
 """

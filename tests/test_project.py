@@ -117,6 +117,10 @@ def test_no_module_is_longer_than_400_lines():
     for file in (ROOT / "nbs_lib").glob("*/*.py"): assert len(file.read_text().splitlines()) <= 400, file
 
 
+def test_sqlite_is_opened_in_one_place():
+    assert [f.name for f in (ROOT / "nbs_lib").rglob("*.py") if "sqlite3.connect" in f.read_text()] == ["sqlite.py"]
+
+
 def test_no_step_notebook_exports_while_it_runs_or_hides_a_failure():
     for notebook in NOTEBOOKS:
         for cell in cells(notebook):

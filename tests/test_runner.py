@@ -34,6 +34,16 @@ def test_a_run_has_its_job_and_slot_in_its_record(here):
     assert "started by job:greet@" in (Path(run.folder) / "hello.html").read_text()
 
 
+def test_clearing_up_is_a_job_too(here):
+    (here / "settings.ini").write_text("[tracking]\nbackend = trackio\n[retention]\nkeep_days = 0\nkeep_runs = 0\n")
+    old = [records.finish(records.begin(here / "old.ipynb").id, "failed") for _ in range(2)]
+    define(here, "tidy", notebook="retention", every="1d", parameters="{dry_run: false}")
+    assert run_now("tidy").wait(300) == 0
+    [slot], run = slots.history(), records.recent()[0]
+    assert (slot.status, run.step, run.status, run.parameters) == ("completed", "retention", "completed", {"dry_run": False})
+    assert not any(Path(r.folder).exists() for r in old) and "Went" in (Path(run.folder) / "retention.html").read_text()
+
+
 def test_failures_are_tried_again_with_longer_and_longer_waits(here):
     define(here, "fails", notebook="bad.ipynb", every="1d", retries=2, backoff="1s")
     said, waits = [], []

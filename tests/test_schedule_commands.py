@@ -42,7 +42,9 @@ def test_commands(here):
     assert "job:greet@" in loopbook("runs")
 
 
-def test_the_panel(here):
+def test_the_panel(here, monkeypatch):
+    (here / "notebooks").mkdir()
+    monkeypatch.chdir(here / "notebooks")                              # where JupyterLab runs the kernel of a notebook that lies there
     define(here, "greet", every="1d")
     define(here, "broken", every="5")
     panel = Panel()
@@ -54,7 +56,7 @@ def test_the_panel(here):
     until(lambda: not (panel.update(), panel.started)[1])
     assert any(t.startswith("completed") for t in texts())
     table = panel.table.outputs[0]["data"]["text/markdown"]
-    assert "| completed |" in table and f"[report]({os.path.relpath(records.recent()[0].folder)}/hello.html)" in table
+    assert "| completed |" in table and f"[report](../outputs/{records.recent()[0].id}/hello.html)" in table
     panel.rows["broken"][-1].click()
     assert "is not a length of time" in panel.said.value
 

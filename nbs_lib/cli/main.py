@@ -18,14 +18,16 @@ from .terminal import app
 __all__ = ['Usage', 'main']
 
 # %% ../../notebooks/library/cli/05_main.ipynb #5b64dd58
-Usage: type[typer.BadParameter] = typer.BadParameter.__mro__[1]   # typer's errors in what was typed; it does not export their name
+# typer's errors in what was typed; it does not export their name
+Usage: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     "The `loopbook` command."
     import signal
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # a stopped service leaves in order, like Ctrl-C
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")   # a file's name may be no text
+        # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
     try: sys.exit(app(standalone_mode=False))
     except Exception as error:
         from nbs_lib.core.errors import UserError                    # imported late, as `--help` does not need it

@@ -20,9 +20,12 @@ def _say(line: str) -> None:
     from datetime import datetime
     print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}", file=sys.stderr, flush=True)
 
-@app.command(epilog="Examples:  loopbook schedule  ·  loopbook schedule --once  ·  loopbook schedule --list  ·  loopbook schedule --resume watch")
-def schedule(once: Annotated[bool, typer.Option("--once", help="Run what is due, and leave: for cron and Kubernetes.")] = False,
-             show: Annotated[bool, typer.Option("--list", help="Show each job, its last result and its next time.")] = False,
+@app.command(epilog="Examples:  loopbook schedule  ·  loopbook schedule --once  ·  loopbook schedule --list  ·  "
+                    "loopbook schedule --resume watch")
+def schedule(once: Annotated[bool, typer.Option("--once",
+                                                help="Run what is due, and leave: for cron and Kubernetes.")] = False,
+             show: Annotated[bool, typer.Option("--list",
+                                                help="Show each job, its last result and its next time.")] = False,
              resume: Annotated[str | None, typer.Option(metavar="JOB", help="Start a paused job again.")] = None,
              as_json: Json = False):
     "Run the jobs of scheduled/ when they are due, until stopped."
@@ -55,7 +58,8 @@ def _show(jobs: list[dict], as_json: bool) -> None:
 @app.command(epilog="Examples:  loopbook watch --once  ·  loopbook watch --interval 600  ·  loopbook watch --force")
 def watch(once: Annotated[bool, typer.Option("--once", help="Look once, and leave.")] = False,
           interval: Annotated[float, typer.Option(metavar="S", min=1, help="Look every so many seconds.")] = 300,
-          force: Annotated[bool, typer.Option("--force", help="Go round the loop at once, all steps, and leave.")] = False,
+          force: Annotated[bool, typer.Option("--force",
+                                              help="Go round the loop at once, all steps, and leave.")] = False,
           recipe: RecipeName = None, as_json: Json = False):
     "Go round the loop when there is new feedback, or a dataset that is newer than production's."
     import threading
@@ -93,13 +97,16 @@ def _look_and_loop(job, force: bool):
 
 # %% ../../notebooks/library/cli/04_schedule.ipynb #416d7dc8
 @app.command(epilog="Examples:  loopbook prune --dry-run  ·  loopbook prune --json")
-def prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False, as_json: Json = False):
+def prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+          as_json: Json = False):
     "Delete old outputs, versions and caches, as \\[retention] in settings.ini says; never what production came from."
     from nbs_lib.schedule.retention import prune
     found = prune(dry_run)
     if as_json:
-        return print_json({"dry_run": dry_run, "bytes": found.bytes, "items": [vars(i) for i in found.items], "notes": found.notes})
+        return print_json({"dry_run": dry_run, "bytes": found.bytes, "items": [vars(i) for i in found.items],
+                           "notes": found.notes})
     verb = "would go" if dry_run else "gone"
-    if found.items: table(["", verb, "MB"], [(i.kind, i.name, f"{i.bytes / 1e6:.1f}" if i.path else "") for i in found.items])
+    if found.items:
+        table(["", verb, "MB"], [(i.kind, i.name, f"{i.bytes / 1e6:.1f}" if i.path else "") for i in found.items])
     print(f"{verb}: {len(found.items)} things, {found.bytes / 1e6:.1f} MB")
     for note in found.notes: print(note, file=sys.stderr)

@@ -6,16 +6,23 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 
 # %% auto #0
-__all__ = ['UserError', 'nearest']
+__all__ = ['UserError', 'nearest', 'without_password']
 
 # %% ../../notebooks/library/core/00_errors.ipynb #e5943ef6
 class UserError(Exception):
     "A mistake that its user can mend, told in one line: what, where, and what to do."
 
 # %% ../../notebooks/library/core/00_errors.ipynb #7e59ee62
-def nearest(name: str, names) -> str:
+def nearest(name: str, names: Iterable) -> str:
     "A hint at the right name, for the end of a message."
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(map(str, names)))}"
+
+# %% ../../notebooks/library/core/00_errors.ipynb #dd37cb7a
+def without_password(text: str) -> str:
+    "The text with the user name and password taken out of each address in it."
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -31,12 +31,15 @@ def own_home(ini: str = "") -> Iterator[Path]:
             else: os.environ["LOOPBOOK_HOME"] = before
 
 # %% ../../notebooks/library/core/07_examples.ipynb #189291ea
-def drawing(seed: int = 0, colour: str | tuple[int, int, int] | None = None, size: int = 32) -> bytes:
-    """A PNG of `size` x `size` pixels that is always the same for a `seed`: 8 x 8 random grey squares, or with a `colour` squares of
-    shades of it; no two seeds are near copies of each other."""
+def drawing(
+    seed: int = 0,                                      # the same one gives the same picture
+    colour: str | tuple[int, int, int] | None = None,   # what the squares are shades of; default: grey
+    size: int = 32,                                     # of a side, in pixels
+) -> bytes:                                             # a PNG
+    "A picture of 8 x 8 squares of random shades; no two seeds are near copies of each other."
     from PIL import Image, ImageColor
     rng, file = random.Random(seed), io.BytesIO()
-    red, green, blue = ImageColor.getrgb(colour) if isinstance(colour, str) else colour or (255, 255, 255)
+    red, green, blue = ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else colour or (255, 255, 255)
     shades = [0.4 + 0.6 * rng.random() for _ in range(64)]
     image = Image.new("RGB", (8, 8))
     image.putdata([(int(red * s), int(green * s), int(blue * s)) for s in shades])

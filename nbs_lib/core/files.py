@@ -43,14 +43,15 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 
 # %% ../../notebooks/library/core/01_files.ipynb #79791050
 def files_in(folder: Path) -> dict[str, Path]:
-    "Relative path (with `/`) -> file, in order, of all regular files below `folder`; raises `UserError` if there are none."
+    "Relative path (with `/`) -> file, in order, of the regular files in `folder`; raises `UserError` without any."
     folder = Path(folder)
-    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() and not p.is_symlink()}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    files = {p.relative_to(folder).as_posix(): p for p in found}
     if not files: raise UserError(f"{folder}: no files in it, nothing to log")
     return files
 
 # %% ../../notebooks/library/core/01_files.ipynb #5c26ad03
-def whole_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+def whole_folder(target: Path, fill: Callable[[Path], object]) -> Path:
     "Create the folder `target` with what `fill(folder)` writes, unless it exists; never a part of it, at no moment."
     from filelock import FileLock
     target = Path(target)
@@ -81,4 +82,5 @@ def copy_folder(source: Path, target: Path) -> Path:
         if not same or filecmp.cmpfiles(source, target, names, shallow=False)[0] != names:
             raise UserError(f"{target} exists and holds something else; delete it or name another folder")
         return target
-    return whole_folder(target, lambda part: shutil.copytree(source, part, copy_function=shutil.copyfile, dirs_exist_ok=True))
+    def fill(part): shutil.copytree(source, part, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    return whole_folder(target, fill)

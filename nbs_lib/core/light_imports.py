@@ -8,36 +8,38 @@ from __future__ import annotations
 import sys
 import threading
 from types import ModuleType
+from typing import Any
 
 # %% auto #0
-__all__ = ['load_vision', 'load_openvino']
+__all__ = ['ABSENT', 'load_vision', 'load_openvino']
 
 # %% ../../notebooks/library/core/03_light_imports.ipynb #6621a45a
+ABSENT: Any = None  # as an entry of sys.modules: who imports that module is told that there is none
+_loading = threading.Lock()
+
 def load_vision() -> None:
     "Import torchvision and timm without torch's compiler, unless they or it are loaded already."
     with _loading:
         if not any(module in sys.modules for module in ("timm", "torchvision", "torch._dynamo")): _load()
 
-_loading = threading.Lock()
-
 def _load() -> None:
     import torch  # noqa: F401
     compiler, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
-    compiler.disable = lambda function=None, *args, **kwargs: function or (lambda f: f)
-    compiler.utils, utils.is_compile_supported = utils, lambda device: False
+    vars(compiler).update(disable=lambda function=None, *args, **kwargs: function or (lambda f: f), utils=utils)
+    vars(utils).update(is_compile_supported=lambda device: False)
     for module in (compiler, utils): sys.modules[module.__name__] = module
-    sys.modules.setdefault("wandb", None)  # timm would load it for a logger of its own
+    sys.modules.setdefault("wandb", ABSENT)  # timm would load it for a logger of its own
     try:
         import timm  # noqa: F401
         import torchvision.transforms.v2  # noqa: F401
     finally:
         for name in ("torch._dynamo", "torch._dynamo.utils"): del sys.modules[name]
-        if sys.modules["wandb"] is None: del sys.modules["wandb"]
+        if sys.modules["wandb"] is ABSENT: del sys.modules["wandb"]
 
 # %% ../../notebooks/library/core/03_light_imports.ipynb #3b377903
 def load_openvino() -> ModuleType:
     "The `openvino` module, with nothing sent to anybody."
     with _loading:
-        if "openvino" not in sys.modules: sys.modules["openvino_telemetry"] = None
+        if "openvino" not in sys.modules: sys.modules["openvino_telemetry"] = ABSENT
         import openvino
         return openvino

@@ -15,15 +15,20 @@ from typing import TypeVar
 __all__ = ['T', 'R', 'batches', 'parallel']
 
 # %% ../../notebooks/library/core/04_parallel.ipynb #92ced9c9
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     "`items` in lists of `size`, the last one shorter."
     iterator = iter(items)
     while batch := list(islice(iterator, size)): yield batch
 
-def parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    "`map(function, items)` on `workers` threads, in order, reading no more than twice as far ahead."
+def parallel(
+    function: Callable[[T], R],
+    items: Iterable[T],  # read no more than `2 * workers` ahead
+    workers: int,        # threads
+) -> Iterator[R]:        # in the order of `items`
+    "`map(function, items)` on several threads."
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque = deque()
         try:

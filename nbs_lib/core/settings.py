@@ -9,8 +9,9 @@ import configparser
 import os
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
@@ -18,33 +19,43 @@ from .errors import UserError, nearest
 from .files import home
 
 # %% auto #0
-__all__ = ['Name', 'Optionally', 'RECIPES', 'SECTIONS', 'Section', 'key', 'Project', 'Tracking', 'Data', 'Gate', 'Feedback',
-           'Schedule', 'Notify', 'Retention', 'Train', 'Recipe', 'Settings', 'allowed', 'load_settings', 'use_recipe']
+__all__ = ['Name', 'Optionally', 'RECIPES', 'SECTIONS', 'Values', 'S', 'Section', 'key', 'Project', 'Tracking', 'Data', 'Gate',
+           'Feedback', 'Schedule', 'Notify', 'Retention', 'Train', 'Recipe', 'Settings', 'allowed', 'load_settings',
+           'use_recipe']
 
 # %% ../../notebooks/library/core/02_settings.ipynb #7eb6fbc4
 class Section(BaseModel):
     "A section of `settings.ini`; unknown keys are refused."
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-def key(default, meaning: str, unit: str = "", **limits):
-    "A key of a section: its default, what it means in one line, its unit, and pydantic's limits."
+def key(
+    default: Any,    # in the file and without it
+    meaning: str,    # in one line, for the file and for messages
+    unit: str = "",  # of a number
+    **limits: Any,   # pydantic's `ge`, `gt`, `le`, `lt`
+) -> Any:
+    "A key of a section."
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **limits)
 
-def _empty_is_none(value): return None if value == "" else value
+def _empty_is_none(value: Any) -> Any: return None if value == "" else value
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=60)]
 Optionally = BeforeValidator(_empty_is_none)
 
 # %% ../../notebooks/library/core/02_settings.ipynb #d852dbd7
 class Project(Section):
     "Who we are."
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = key("loopbook", "the project's name in W&B or Trackio")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = key(
+        "loopbook", "the project's name in W&B or Trackio")
     recipe: Name = key("faces", "the recipe that is used when none is named")
 
 class Tracking(Section):
     "Where runs, dataset versions and model versions are kept."
-    backend: Literal["auto", "wandb", "wandb-offline", "trackio"] = key("auto", "auto: W&B where a key is configured, else Trackio")
+    backend: Literal["auto", "wandb", "wandb-offline", "trackio"] = key(
+        "auto", "auto: W&B where a key is configured, else Trackio")
     entity: str = key("", "W&B user or team; empty: the key's own")
 
+# %% ../../notebooks/library/core/02_settings.ipynb #4ab993c1
 class Data(Section):
     "What is let into a dataset."
     max_bad: float = key(0.01, "more unreadable files than this stop a download", "fraction of the files", ge=0, le=1)
@@ -55,31 +66,43 @@ class Data(Section):
 class Gate(Section):
     "What a candidate must show to become the production model."
     min_accuracy: float = key(0.85, "every target's accuracy on the test split", "fraction", ge=0, le=1)
-    margin: float = key(0.02, "how far the lower 95 % bound of the accuracy difference may lie below zero", "fraction", ge=0, le=1)
-    class_margin: float = key(0.05, "how much recall a class may lose before it counts, if chance does not explain it", "fraction", ge=0, le=1)
+    margin: float = key(
+        0.02, "how far the lower 95 % bound of the accuracy difference may lie below zero", "fraction", ge=0, le=1)
+    class_margin: float = key(0.05,
+        "how much recall a class may lose before it counts, if chance does not explain it", "fraction", ge=0, le=1)
     resamples: int = key(2000, "resamples of the paired bootstrap", "resamples", ge=100, le=100_000)
 
+# %% ../../notebooks/library/core/02_settings.ipynb #5a447534
 class Feedback(Section):
     "How people's words on images are taken in, and when they become a dataset version."
     max_upload_mb: float = key(50, "a larger image is not taken in", "MB", gt=0)
-    lease_minutes: float = key(10, "an image that was shown to one person is not shown to others for so long", "minutes", gt=0)
-    random_share: float = key(0.1, "of the images that the model doubts most, so many are drawn at random instead", "fraction", ge=0, le=1)
+    lease_minutes: float = key(
+        10, "an image that was shown to one person is not shown to others for so long", "minutes", gt=0)
+    random_share: float = key(
+        0.1, "of the images that the model doubts most, so many are drawn at random instead", "fraction", ge=0, le=1)
     min_new: float = key(0.01, "fewer new images than this are not merged", "fraction of the dataset", ge=0, le=1)
-    near_duplicate: float = key(0.7, "two images at least so alike are one picture, copied; where all images are much alike, more is asked", "similarity", gt=0, le=1)
+    near_duplicate: float = key(0.7,
+        "two images at least so alike are one picture, copied; where all images are much alike, more is asked",
+        "similarity", gt=0, le=1)
 
+# %% ../../notebooks/library/core/02_settings.ipynb #f780bf24
 class Schedule(Section):
     "How the jobs of `scheduled/` run."
     timezone: str = key("UTC", "the time zone of jobs that name none, as in Europe/Berlin")
-    catch_up: Literal["one", "none"] = key("one", "after a pause of the daemon or the machine: one run for all missed ones, or none")
+    catch_up: Literal["one", "none"] = key(
+        "one", "after a pause of the daemon or the machine: one run for all missed ones, or none")
     busy: Literal["wait", "skip"] = key("wait", "what a job that writes does while another one writes")
     parallel: int = key(2, "so many runs at the same time", "runs", ge=1, le=64)
     max_failures: int = key(3, "a job that failed so often in a row is paused", "failures", ge=1)
 
 class Notify(Section):
     "Who is told what came of runs."
-    urls: SecretStr = key(SecretStr(""), "apprise addresses, separated by spaces or new lines; ${NAME} stands for an environment variable")
-    events: Annotated[str, Field(pattern=r"^((failure|paused|promotion|refusal|parked|digest)[, ]*)*$")] = key("failure, paused, promotion, refusal, parked, digest", "what a message is sent about")
-    about: Literal["scheduled", "all"] = key("scheduled", "runs that a job has started, or all, also those that somebody has started by hand")
+    urls: SecretStr = key(SecretStr(""),
+        "apprise addresses, separated by spaces or new lines; ${NAME} stands for an environment variable")
+    events: Annotated[str, Field(pattern=r"^((failure|paused|promotion|refusal|parked|digest)[, ]*)*$")] = key(
+        "failure, paused, promotion, refusal, parked, digest", "what a message is sent about")
+    about: Literal["scheduled", "all"] = key(
+        "scheduled", "runs that a job has started, or all, also those that somebody has started by hand")
     alerts: Literal["yes", "no"] = key("yes", "whether the message is also an alert in W&B or Trackio")
     timeout: float = key(20, "a message that takes longer is given up", "seconds", gt=0)
 
@@ -87,7 +110,8 @@ class Retention(Section):
     "What stays when `loopbook prune` clears up."
     keep_days: float = key(30, "outputs of runs and caches that are younger stay", "days", ge=0)
     keep_runs: int = key(20, "the outputs of so many newest runs of each notebook stay, however old", "runs", ge=0)
-    keep_versions: int = key(5, "so many newest versions of each artifact stay, and every one that bears an alias", "versions", ge=1)
+    keep_versions: int = key(
+        5, "so many newest versions of each artifact stay, and every one that bears an alias", "versions", ge=1)
 
 # %% ../../notebooks/library/core/02_settings.ipynb #891cfaba
 class Train(Section):
@@ -95,29 +119,37 @@ class Train(Section):
     mode: Literal["head", "finetune"] = key("head", "head: frozen backbone; finetune: the whole network")
     backbone: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = key("tf_efficientnet_lite0", "a timm model's name")
     weights: str = key("", "file with the backbone's weights (.safetensors); empty: packaged, else from timm's hub")
-    image_size: Annotated[int | None, Optionally] = key(None, "side of the network's input; empty: the backbone's own", "pixels", ge=32, le=1024)
+    image_size: Annotated[int | None, Optionally] = key(
+        None, "side of the network's input; empty: the backbone's own", "pixels", ge=32, le=1024)
     seed: int = key(0, "seed of every random choice", ge=0)
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key("auto", "auto, cpu, cuda, cuda:N or mps")
-    engine: Literal["auto", "torch", "openvino"] = key("auto", "what runs the network when it predicts; auto: OpenVINO on a CPU, torch elsewhere")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = key(
+        "auto", "auto, cpu, cuda, cuda:N or mps")
+    engine: Literal["auto", "torch", "openvino"] = key(
+        "auto", "what runs the network when it predicts; auto: OpenVINO on a CPU, torch elsewhere")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "auto: the fastest one that the hardware has")
     batch_size: int = key(64, "images that go through the network at once", "images", ge=1, le=4096)
     epochs: int = key(10, "finetune: passes over the training images", "epochs", ge=1, le=1000)
     learning_rate: float = key(3e-4, "finetune: peak learning rate", gt=0, le=1)
     optimizer: Literal["adam", "adamw"] = key("adamw", "finetune: optimizer")
     weight_decay: float = key(0.01, "finetune: weight decay", ge=0, le=1)
-    schedule: Literal["cosine", "step"] = key("cosine", "finetune: learning rate down a cosine, or ten times lower at two thirds of the epochs")
+    schedule: Literal["cosine", "step"] = key(
+        "cosine", "finetune: learning rate down a cosine, or ten times lower at two thirds of the epochs")
     label_smoothing: float = key(0.1, "finetune: label smoothing", "fraction", ge=0, lt=1)
-    crop: Literal["random", "whole"] = key("random", "finetune: train on random resized crops, or on the whole image resized")
+    crop: Literal["random", "whole"] = key(
+        "random", "finetune: train on random resized crops, or on the whole image resized")
     patience: int = key(3, "finetune: stop after so many epochs without a better validation loss", "epochs", ge=1)
 
 # %% ../../notebooks/library/core/02_settings.ipynb #d84a5eb4
 class Recipe(Train):
     "Where a dataset comes from, and how its models are trained."
     source: str = key("faces", "faces | folder or zip | http(s) address | hf:ID[@SPLIT] | torchvision:CLASS")
-    sha256: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")] = key("", "what an http(s) source's SHA-256 must be; empty: not checked")
-    images: Annotated[int | None, Optionally] = key(None, "take only so many images; faces: draw so many (1,200 when empty)", "images", ge=1)
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")] = key(
+        "", "what an http(s) source's SHA-256 must be; empty: not checked")
+    images: Annotated[int | None, Optionally] = key(
+        None, "take only so many images; faces: draw so many (1,200 when empty)", "images", ge=1)
     target: Name = key("label", "the target's name where the source has one unnamed target (class folders)")
 
+# %% ../../notebooks/library/core/02_settings.ipynb #8149a753
 class Settings(Section):
     "All sections, and the home they were read in."
     home: Path
@@ -137,21 +169,23 @@ RECIPES = {"faces": {"source": "faces", "backbone": "tf_efficientnet_lite1"},
            "cats_vs_dogs": {"source": "torchvision:OxfordIIITPet", "backbone": "tf_efficientnet_lite1"}}
 
 # %% ../../notebooks/library/core/02_settings.ipynb #d9264150
-SECTIONS = {"project": Project, "tracking": Tracking, "data": Data, "gate": Gate, "feedback": Feedback, "schedule": Schedule, "notify": Notify, "retention": Retention,
-            "train": Train}
+SECTIONS: dict[str, type[Section]] = {
+    "project": Project, "tracking": Tracking, "data": Data, "gate": Gate, "feedback": Feedback, "schedule": Schedule,
+    "notify": Notify, "retention": Retention, "train": Train}
+Values = dict[str, tuple[object, str]]  # of a section: key -> its value and the place where it was read
 
-def _from_file(file: Path) -> dict[str, dict[str, tuple[str, str]]]:
-    "Section -> key -> (text, place)."
+def _from_file(file: Path) -> dict[str, Values]:
+    "What the sections of the file say."
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";",), default_section="")
     try: parser.read(file, encoding="utf-8-sig")
     except (configparser.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {' '.join(str(error).split())}; mend that line") from None
     return {s: {k: (v, f"{file} [{s}] {k}") for k, v in parser[s].items()} for s in parser.sections()}
 
-def _from_environment(recipes: typing.Iterable[str]) -> dict[str, dict[str, tuple[str, str]]]:
-    "The same from variables called `LOOPBOOK_<SECTION>__<KEY>`; `LOOPBOOK_HOME` and others without `__` are not settings."
+def _from_environment(recipes: Iterable[str]) -> dict[str, Values]:
+    "The same from variables called `LOOPBOOK_<SECTION>__<KEY>`; names without `__`, as `LOOPBOOK_HOME`, are none."
     names = {s.upper(): s for s in SECTIONS} | {f"RECIPE_{r.upper()}": f"recipe.{r}" for r in recipes}
-    found: dict = {}
+    found: dict[str, Values] = {}
     for variable, value in os.environ.items():
         if not variable.startswith("LOOPBOOK_") or "__" not in variable: continue
         section, _, name = variable.removeprefix("LOOPBOOK_").partition("__")
@@ -164,16 +198,22 @@ def _from_environment(recipes: typing.Iterable[str]) -> dict[str, dict[str, tupl
 def allowed(model: type[Section], name: str) -> str:
     "What a key accepts, in words: its type or choices, limits, unit and meaning."
     field = model.model_fields[name]
-    kinds = [a for a in (typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,))]
-    words = {int: "a whole number", float: "a number", str: "a text", type(None): "empty"}
-    what = " or ".join(" | ".join(typing.get_args(k)) if typing.get_origin(k) is Literal else words.get(k, str(k)) for k in kinds)
+    either = isinstance(field.annotation, types.UnionType)
+    kinds = typing.get_args(field.annotation) if either else (field.annotation,)
+    words: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "empty"}
+    what = " or ".join(" | ".join(typing.get_args(k)) if typing.get_origin(k) is Literal else words.get(k, str(k))
+                       for k in kinds)
     for limit in field.metadata:
         for sign, attribute in ((">", "gt"), ("≥", "ge"), ("<", "lt"), ("≤", "le"), ("matching", "pattern")):
             if getattr(limit, attribute, None) is not None: what += f" {sign} {getattr(limit, attribute)}"
-    unit = (field.json_schema_extra or {}).get("unit")
+    extra = field.json_schema_extra
+    unit = extra.get("unit") if isinstance(extra, dict) else ""
     return what + (f", in {unit}" if unit else "") + f" ({field.description})"
 
-def _validate(model: type[Section], values: dict[str, tuple[object, str]]) -> Section:
+# %% ../../notebooks/library/core/02_settings.ipynb #b265c0ca
+S = TypeVar("S", bound=Section)
+
+def _validate(model: type[S], values: Values) -> S:
     "The section, or a `UserError` that names the place, the value and what is allowed."
     for name, (_, place) in values.items():
         if name not in model.model_fields: raise UserError(f"{place}: no such key{nearest(name, model.model_fields)}")
@@ -183,28 +223,41 @@ def _validate(model: type[Section], values: dict[str, tuple[object, str]]) -> Se
         value, place = values[name]
         raise UserError(f"{place} = {value!r} is not allowed; allowed is {allowed(model, name)}") from None
 
+# %% ../../notebooks/library/core/02_settings.ipynb #ccede2cc
+def _read_values(file: Path) -> tuple[dict[str, Values], dict[str, Values]]:
+    "What is said of the sections, and of the recipes; raises `UserError` for a section that there is not."
+    texts = _from_file(file)
+    for section in texts:
+        if section not in SECTIONS and not section.startswith("recipe."):
+            hint = nearest(section, [*SECTIONS, "recipe.NAME"])
+            raise UserError(f"{file} [{section}]: no such section{hint}")
+    recipes = {s.removeprefix("recipe."): v for s, v in texts.items() if s.startswith("recipe.")}
+    for name, built_in in RECIPES.items():
+        recipes[name] = {k: (v, "built in") for k, v in built_in.items()} | recipes.get(name, {})
+    for section, values in _from_environment(recipes).items():
+        group, name = (recipes, section.removeprefix("recipe.")) if section.startswith("recipe.") else (texts, section)
+        group[name] = group.get(name, {}) | values
+    return texts, recipes
+
 # %% ../../notebooks/library/core/02_settings.ipynb #92569b52
 def load_settings(folder: Path | None = None) -> Settings:
     "Read and validate `settings.ini` of `folder` (default: `home()`); raises `UserError`."
     folder = Path(folder).resolve() if folder else home()
-    texts = _from_file(folder / "settings.ini")
-    for section in texts:
-        if section not in SECTIONS and not section.startswith("recipe."):
-            raise UserError(f"{folder / 'settings.ini'} [{section}]: no such section{nearest(section, [*SECTIONS, 'recipe.NAME'])}")
-    recipes = {s.removeprefix("recipe."): v for s, v in texts.items() if s.startswith("recipe.")}
-    for name, values in RECIPES.items():
-        recipes[name] = {k: (v, "built in") for k, v in values.items()} | recipes.get(name, {})
-    for section, values in _from_environment(recipes).items():
-        group, name = (recipes, section.removeprefix("recipe.")) if section.startswith("recipe.") else (texts, section)
-        group[name] = group.get(name, {}) | values
+    file = folder / "settings.ini"
+    texts, recipes = _read_values(file)
     sections = {name: _validate(model, texts.get(name, {})) for name, model in SECTIONS.items()}
     built = {name: _validate(Recipe, texts.get("train", {}) | values) for name, values in recipes.items()}
-    try: return Settings(home=folder, recipes=built, **sections)
-    except ValidationError as error: raise UserError(f"{folder / 'settings.ini'} [recipe.NAME]: {error.errors()[0]['msg']}") from None
+    try: return Settings.model_validate({"home": folder, "recipes": built} | sections)
+    except ValidationError as error:
+        raise UserError(f"{file} [recipe.NAME]: {error.errors()[0]['msg']}") from None
 
 # %% ../../notebooks/library/core/02_settings.ipynb #cad04f3d
-def use_recipe(settings: Settings, name: str | None = None, **parameters) -> tuple[str, Recipe]:
-    "The recipe's name and the recipe, with the notebook's `parameters` that are not None on top; raises `UserError`."
+def use_recipe(
+    settings: Settings,
+    name: str | None = None,  # default: `[project] recipe`
+    **parameters: Any,        # keys of a recipe; those that are not None go on top
+) -> tuple[str, Recipe]:      # the recipe's name, and the recipe
+    "The recipe as a step is to use it; raises `UserError`."
     name = name or settings.project.recipe
     if name not in settings.recipes:
         raise UserError(f"recipe {name!r} is not in {settings.home / 'settings.ini'}{nearest(name, settings.recipes)}")

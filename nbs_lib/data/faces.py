@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from .items import Item
 
 # %% auto #0
-__all__ = ['HAIR', 'COLORS', 'FACIAL_HAIR', 'GLASSES', 'BACKGROUNDS', 'SIDE', 'draw_face', 'draw_faces']
+__all__ = ['HAIR', 'COLORS', 'FACIAL_HAIR', 'GLASSES', 'BACKGROUNDS', 'FACE_SIDE', 'draw_face', 'draw_faces']
 
 # %% ../../notebooks/library/data/02_faces.ipynb #9b20601c
 HAIR = {
@@ -32,7 +32,7 @@ FACIAL_HAIR = {("no", "no"): ["NONE"], ("no", "yes"): ["MOUSTACHE_FANCY", "MOUST
 GLASSES = {"none": ["NONE", "NONE", "NONE", "EYEPATCH"], "glasses": ["PRESCRIPTION_1", "PRESCRIPTION_2", "ROUND"],
            "sunglasses": ["KURT", "SUNGLASSES", "SUNGLASSES_2", "WAYFARERS", "WAYFARERS_2"]}
 BACKGROUNDS = ["#65C9FF", "#B6E3F4", "#C0AEDE", "#D1D4F9", "#FFD5DC", "#FFDFBF", "#C8E6C9", "#F5F5F5", "#B0BEC5", "#FFF59D"]
-SIDE = 160
+FACE_SIDE = 160
 
 # %% ../../notebooks/library/data/02_faces.ipynb #ab205dc1
 def draw_face(seed: int, n: int) -> tuple[bytes, dict[str, str | None]]:
@@ -53,7 +53,7 @@ def draw_face(seed: int, n: int) -> tuple[bytes, dict[str, str | None]]:
         clothing=one(pa.ClothingType, {"NONE"}), clothing_color=one(pa.ClothingColor), shirt_graphic=one(pa.ClothingGraphic, {"CUSTOM_TEXT"})).render()
     side = rng.uniform(170, 220)
     view = f'viewBox="{132 - side / 2 + rng.uniform(-15, 15):.1f} {115 - side / 2 + rng.uniform(-10, 10):.1f} {side:.1f} {side:.1f}"'
-    svg = svg.replace('width="264px" height="280px" viewBox="0 0 264 280"', f'width="{SIDE}" height="{SIDE}" {view}', 1)
+    svg = svg.replace('width="264px" height="280px" viewBox="0 0 264 280"', f'width="{FACE_SIDE}" height="{FACE_SIDE}" {view}', 1)
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, background=rng.choice(BACKGROUNDS), skip_system_fonts=True))
     return png, {"beard": beard, "moustache": moustache, "glasses": glasses, "hair_color": None if length == "bald" else color, "hair_length": length}
 

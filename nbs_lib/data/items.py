@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.settings import Data
 
 # %% auto #0
-__all__ = ['TABLES', 'SPLITS', 'SUFFIXES', 'Item', 'read_items']
+__all__ = ['TABLES', 'SPLIT_FOLDERS', 'SUFFIXES', 'Item', 'read_items']
 
 # %% ../../notebooks/library/data/01_items.ipynb #287b4bdb
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class _Zip:
 
 # %% ../../notebooks/library/data/01_items.ipynb #1ed0176e
 TABLES = ("labels.csv", "metadata.csv")
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
 
 def _ignored(name: str) -> bool:
@@ -85,7 +85,7 @@ def _roots(names: list[str]) -> list[str]:
         if len(first) > 1 or not any(len(p) > 2 or len(p) == 2 and p[1] in TABLES for p in inside): break
         top += first.pop() + "/"
     folders = {p[0] for p in inside if len(p) > 1}
-    if folders and {f.lower() for f in folders} <= SPLITS and not any(top + t in names for t in TABLES):
+    if folders and {f.lower() for f in folders} <= SPLIT_FOLDERS and not any(top + t in names for t in TABLES):
         return [f"{top}{f}/" for f in sorted(folders)]
     return [top]
 
@@ -135,7 +135,7 @@ def _plan(files, target: str, given: Path | None) -> tuple[dict[str, dict[str, s
     return labels, missing
 
 # %% ../../notebooks/library/data/01_items.ipynb #1c11ca42
-def _text(name: str | None) -> str | None:
+def _storable(name: str | None) -> str | None:
     "A file name that is no valid UTF-8, made storable."
     return name and name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
@@ -158,4 +158,4 @@ def read_items(path: Path, target: str = "label", limits: Data | None = None, im
             if files.files[name] > limits.max_file_mb * 1e6: problem = f"{files.files[name] / 1e6:.1f} MB, allowed are {limits.max_file_mb:g}"
             else: data = files.read(name)
         except Exception as error: problem = f"cannot be read: {' '.join(str(error).split())}"  # each way of packing has an error of its own
-        yield Item(_text(name), data, {t: _text(c) for t, c in labels[name].items()}, problem)
+        yield Item(_storable(name), data, {t: _storable(c) for t, c in labels[name].items()}, problem)

@@ -13,47 +13,47 @@ from itertools import product
 import numpy as np
 
 from ..core.parallel import batches, parallel
-from ..core.vectors import FeatureCache
+from ..core.vectors import VectorCache
 from .images import picture
 
 # %% auto #0
-__all__ = ['SIDE', 'CELLS', 'CUT', 'SAME', 'thumbnail', 'thumbnails', 'outlines', 'similarity', 'means', 'resembling', 'nearest',
-           'alike', 'limit_for']
+__all__ = ['THUMBNAIL_SIDE', 'CELLS', 'CUT', 'SAME', 'thumbnail', 'thumbnails', 'outlines', 'similarity', 'means', 'resembling',
+           'most_similar', 'alike', 'limit_for']
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #40aecbb9
-SIDE = 32  # of a thumbnail, pixels
+THUMBNAIL_SIDE = 32  # of a thumbnail, pixels
 
 def thumbnail(data: bytes) -> np.ndarray:
-    "An image file's bytes as uint8 (SIDE, SIDE), grey, squeezed into the square; raises `BadImage`."
+    "An image file's bytes as uint8 (THUMBNAIL_SIDE, THUMBNAIL_SIDE), grey, squeezed into the square; raises `BadImage`."
     from PIL.Image import Resampling
-    return np.asarray(picture(data, 2 * SIDE).resize((SIDE, SIDE), Resampling.BILINEAR, reducing_gap=2).convert("L"))
+    return np.asarray(picture(data, 2 * THUMBNAIL_SIDE).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Resampling.BILINEAR, reducing_gap=2).convert("L"))
 
 def thumbnails(ids: Sequence[str], images: Callable[[list[str]], Iterable[tuple[str, bytes]]]) -> np.ndarray:
-    "float32 (n, SIDE, SIDE) in the order of `ids`; `images(missing)` gives id and bytes of those that are not in the cache."
-    store = FeatureCache(["thumbnail", SIDE], "uint8")
+    "float32 (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) in the order of `ids`; `images(missing)` gives id and bytes of those that are not in the cache."
+    store = VectorCache(["thumbnail", THUMBNAIL_SIDE], "uint8")
     known = store.known()
     missing = [i for i in dict.fromkeys(ids) if i not in known]
     made = parallel(lambda pair: (pair[0], thumbnail(pair[1])), images(missing) if missing else (), os.cpu_count() or 1)
     for batch in batches(made, 1000):
         done, pixels = zip(*batch, strict=True)
         store.put(done, np.stack(pixels))
-    return store.get(ids).reshape(-1, SIDE, SIDE)
+    return store.get(ids).reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #9134365a
 CELLS, CUT, SAME = 10, 0.08, 2  # cells a side; part of the side that a window leaves out; grey levels
 
 @cache
 def _averages() -> np.ndarray:
-    "float32 (4 * CELLS, SIDE): the cells' averages over one axis, for the four ways to cut it."
-    pixels, parts = np.arange(SIDE), []
+    "float32 (4 * CELLS, THUMBNAIL_SIDE): the cells' averages over one axis, for the four ways to cut it."
+    pixels, parts = np.arange(THUMBNAIL_SIDE), []
     for first, last in product((0, CUT), repeat=2):
-        edges = np.linspace(first, 1 - last, CELLS + 1) * SIDE
+        edges = np.linspace(first, 1 - last, CELLS + 1) * THUMBNAIL_SIDE
         overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
         parts.append(overlap.clip(0) / np.diff(edges)[:, None])
     return np.concatenate(parts).astype(np.float32)
 
 def outlines(pixels: np.ndarray) -> np.ndarray:
-    "Thumbnails (n, SIDE, SIDE) -> float32 (n, 16, 162), of length 1 or, where there is nothing to be seen, 0; the first window is the whole picture."
+    "Thumbnails (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) -> float32 (n, 16, 162), of length 1 or, where there is nothing to be seen, 0; the first window is the whole picture."
     cells = _averages() @ pixels.astype(np.float32) @ _averages().T
     cells = cells.reshape(-1, 4, CELLS, 4, CELLS).swapaxes(2, 3).reshape(-1, 16, CELLS, CELLS)
     here = cells[..., :-1, :-1]
@@ -63,7 +63,7 @@ def outlines(pixels: np.ndarray) -> np.ndarray:
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #61fbca09
 def similarity(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    "How alike the thumbnail (SIDE, SIDE) and others (m, SIDE, SIDE) are: float32 (m,), -1..1."
+    "How alike the thumbnail (THUMBNAIL_SIDE, THUMBNAIL_SIDE) and others (m, THUMBNAIL_SIDE, THUMBNAIL_SIDE) are: float32 (m,), -1..1."
     ours, theirs = outlines(np.stack([new, new[:, ::-1]])), outlines(old)
     inside = (theirs @ ours[:, 0].T).max((1, 2))
     around = (ours.reshape(-1, ours.shape[2]) @ theirs[:, 0].T).max(0)
@@ -71,7 +71,7 @@ def similarity(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #65d310f8
 def means(pixels: np.ndarray) -> np.ndarray:
-    "Thumbnails (n, SIDE, SIDE) -> float32 (n, 162): the mean outlines, of length 1 or 0."
+    "Thumbnails (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) -> float32 (n, 162): the mean outlines, of length 1 or 0."
     parts = [outlines(pixels[start:start + 500]).mean(1) for start in range(0, len(pixels), 500)]
     rows = np.concatenate(parts or [np.zeros((0, 2 * (CELLS - 1) ** 2), np.float32)])
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
@@ -87,7 +87,7 @@ def resembling(new: np.ndarray, old: np.ndarray, most: int = 32) -> Iterator[tup
             yield positions, similarity(pixels, old[positions])
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #740e2429
-def nearest(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def most_similar(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "For each of the `new` thumbnails the similarity to the most similar `old` one, and that one's position; -1 and -1 where there is none."
     found = [(scores.max(), positions[scores.argmax()]) if len(scores) else (-1.0, -1) for positions, scores in resembling(new, old)]
     return np.array([score for score, _ in found], np.float32), np.array([position for _, position in found], int)
@@ -105,4 +105,4 @@ def limit_for(held_out: np.ndarray, training: np.ndarray, least: float, sample: 
     "The similarity from which on two thumbnails are the same picture: `least`, or more where different ones are as alike as that."
     few = training[np.random.default_rng(0).permutation(len(training))[:sample]]
     if not len(few) or not len(held_out): return least
-    return max(least, min(0.95, float(np.quantile(nearest(few, held_out)[0], 0.95))))
+    return max(least, min(0.95, float(np.quantile(most_similar(few, held_out)[0], 0.95))))

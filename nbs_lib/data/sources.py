@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core.errors import UserError
+from ..core.errors import UserError, without_password
 from ..core.files import write_atomic
 from ..core.light_imports import load_vision
 from ..core.settings import Recipe, Settings
@@ -31,7 +31,7 @@ ATTEMPTS = 4
 
 def public(spec: str) -> str:
     "The source without a user name and password in its address: what may be shown and stored."
-    return re.sub(r"(?<=://)[^/@\s]+@", "", spec)
+    return without_password(spec)
 
 def _digest(path: Path) -> str:
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()

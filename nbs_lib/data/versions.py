@@ -14,7 +14,7 @@ from filelock import FileLock
 from ..core.settings import Recipe, Settings
 from .dataset import Dataset
 from .sources import public
-from ..tracking.tracker import Run, Tracker
+from ..tracking.tracker import TrackedRun, Tracker
 from ..tracking.versions import dataset_of
 
 # %% auto #0
@@ -34,7 +34,7 @@ def newest(tracker: Tracker, name: str) -> Dataset | None:
     return version and Dataset(tracker.download(version.ref), version.ref)
 
 # %% ../../notebooks/library/data/06_versions.ipynb #a2ad979f
-def add_version(name: str, settings: Settings, tracker: Tracker, run: Run,
+def add_version(name: str, settings: Settings, tracker: Tracker, run: TrackedRun,
                 write: Callable[[Path, Dataset | None], Dataset | None]) -> tuple[Dataset | None, bool]:
     "Log what `write(folder, newest version)` makes, if it is another one, as the next version of `NAME-dataset`; returns the newest, and whether it is new."
     data = settings.home / "data"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .dataset import SPLITS, Dataset
 
 # %% auto #0
-__all__ = ['numbers', 'left_out', 'plain', 'plot_balance', 'plot_samples', 'plot_pictures']
+__all__ = ['numbers', 'left_out', 'plot_text', 'plot_balance', 'plot_samples', 'plot_pictures']
 
 # %% ../../notebooks/library/data/07_views.ipynb #b580e904
 def numbers(dataset: Dataset):
@@ -38,7 +38,7 @@ def left_out(dataset: Dataset):
     return pd.DataFrame(rows + [(folder, "empty class folder") for folder in report["empty_folders"]], columns=["file", "why"])
 
 # %% ../../notebooks/library/data/07_views.ipynb #0d6f52d8
-def plain(text: str) -> str:
+def plot_text(text: str) -> str:
     "The text as matplotlib is to show it, without formulas."
     return text.replace("$", r"\$")
 
@@ -56,9 +56,9 @@ def plot_balance(dataset: Dataset, most: int = 24):
         left = [0] * len(classes)
         for n, (split, color) in enumerate(zip(SPLITS, ("#4c78a8", "#f2b447", "#72b7b2"), strict=True)):
             widths = [counts[c][n] for c in classes]
-            axes.barh([plain(c) for c in classes], widths, left=left, color=color, label=split)
+            axes.barh([plot_text(c) for c in classes], widths, left=left, color=color, label=split)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set(title=plain(title), xlabel="images")
+        axes.set(title=plot_text(title), xlabel="images")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
@@ -76,7 +76,7 @@ def plot_samples(dataset: Dataset, most: int = 10, each: int = 6):
     pictures = {id: ImageOps.contain(picture(data), (120, 120)) for id, data in dataset.images({i for line in ids for i in line})}
     figure, panels = plt.subplots(len(lines), each, figsize=(1.3 * each + 1.5, 1.3 * len(lines)), layout="constrained", squeeze=False)
     for line, (target, label), row in zip(ids, lines, panels, strict=True):
-        row[0].set_title(plain(f"{target}: {label}"), fontsize=9, loc="left")
+        row[0].set_title(plot_text(f"{target}: {label}"), fontsize=9, loc="left")
         for axes in row: axes.axis("off")
         for axes, id in zip(row, line, strict=False): axes.imshow(pictures[id])
     return figure
@@ -93,5 +93,5 @@ def plot_pictures(titled: list[tuple[str, bytes]], columns: int = 6):
     for axes in panels.flat: axes.axis("off")
     for axes, (title, data) in zip(panels.flat, titled, strict=False):
         axes.imshow(ImageOps.contain(picture(data), (160, 160)))
-        axes.set_title(plain(title), fontsize=8)
+        axes.set_title(plot_text(title), fontsize=8)
     return figure

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.views import plain
+from ..data.views import plot_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,10 +28,10 @@ def draw_evaluation(target: str, labels: np.ndarray, probabilities: np.ndarray, 
     wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
     shown = np.sort(np.argsort(-wrong, kind="stable")[:most])
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    ConfusionMatrixDisplay(matrix[np.ix_(shown, shown)], display_labels=[plain(classes[i]) for i in shown]).plot(ax=left, colorbar=False, cmap="Blues", xticks_rotation=45)
-    left.set_title(plain(target) + ": confusion" + (f", {most} most confused of {len(classes)} classes" if len(shown) < len(classes) else ""))
+    ConfusionMatrixDisplay(matrix[np.ix_(shown, shown)], display_labels=[plot_text(classes[i]) for i in shown]).plot(ax=left, colorbar=False, cmap="Blues", xticks_rotation=45)
+    left.set_title(plot_text(target) + ": confusion" + (f", {most} most confused of {len(classes)} classes" if len(shown) < len(classes) else ""))
     for i in shown if len(classes) > 2 else [1]:
-        if 0 < (labels == i).sum() < len(labels): RocCurveDisplay.from_predictions(labels == i, probabilities[:, i], name=plain(classes[i]), ax=middle)
+        if 0 < (labels == i).sum() < len(labels): RocCurveDisplay.from_predictions(labels == i, probabilities[:, i], name=plot_text(classes[i]), ax=middle)
     middle.plot([0, 1], [0, 1], ":", color="gray"); middle.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate"); middle.legend(fontsize=7, loc="lower right")
     CalibrationDisplay.from_predictions(probabilities.argmax(1) == labels, probabilities.max(1), n_bins=8, strategy="quantile", ax=right, name="model")
     right.set(title="reliability", xlabel="stated probability of the answer", ylabel="share of right answers")
@@ -48,5 +48,5 @@ def draw_mistakes(mistakes: pd.DataFrame, pictures: dict) -> Figure:
     for place, mistake in enumerate(mistakes.itertuples()):
         ax = figure.add_subplot(grid[place // 6, place % 6])
         ax.imshow(pictures[mistake.id]); ax.axis("off")
-        ax.set_title(plain(f"{mistake.answer} {mistake.probability:.0%}\nlabelled {mistake.label}"), fontsize=8)
+        ax.set_title(plot_text(f"{mistake.answer} {mistake.probability:.0%}\nlabelled {mistake.label}"), fontsize=8)
     return figure

@@ -18,12 +18,13 @@ from ..core.settings import use_recipe
 from ..data.images import BadImage
 from ..data.items import SUFFIXES, Item, read_items
 from ..data.versions import newest
+from ..data.write import LISTED
 from .answers import BadName, check_label, check_user
 from .store import Sent, Store
 from ..tracking.tracker import open_tracker
 
 # %% auto #0
-__all__ = ['LISTED', 'known_classes', 'parse_labels', 'take_in', 'add_files', 'import_folder', 'export']
+__all__ = ['known_classes', 'parse_labels', 'take_in', 'add_files', 'import_folder', 'export']
 
 # %% ../../notebooks/library/feedback/02_exchange.ipynb #782b24c7
 def known_classes(store: Store) -> dict[str, list[str]]:
@@ -50,8 +51,6 @@ def parse_labels(texts: Iterable[str], classes: dict[str, list[str]]) -> dict[st
     return labels
 
 # %% ../../notebooks/library/feedback/02_exchange.ipynb #ba3b586e
-LISTED = 200  # names in each list of a report; its numbers count all
-
 def take_in(store: Store, items: Iterable[Item], user: str, classes: dict[str, list[str]], imported: bool = False) -> dict:
     "Let in all images of `items` with what `user` says of them, or none; returns a report in numbers and lists; raises `UserError`."
     user, found, bad, clashes = check_user(user), {}, [], {}

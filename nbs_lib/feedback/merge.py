@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ..core.settings import Feedback, Settings
 from ..data.dataset import Dataset
 from ..data.items import Item
-from ..data.near_copies import alike, limit_for, nearest, thumbnails
-from ..data.views import plain
+from ..data.near_copies import alike, limit_for, most_similar, thumbnails
+from ..data.views import plot_text
 from ..data.write import hash_split, write_version
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def keep_apart(dataset: Dataset, answers: list[Answer], images: Images, least: f
     new, old = thumbnails([a.id for a in joining], images), thumbnails(list(rows["id"]), dataset.images)
     training = (rows["split"] == "train").to_numpy()
     limit = limit_for(old[~training], old[training], least)
-    similarity, twin = nearest(new, old[~training])
+    similarity, twin = most_similar(new, old[~training])
     for answer, score, position in zip(joining, similarity, twin, strict=True):
         if score < limit: continue
         image = rows[~training].iloc[position]
@@ -77,7 +77,7 @@ def keep_apart(dataset: Dataset, answers: list[Answer], images: Images, least: f
     for answer, group in zip(joining, alike(new, limit), strict=True): answer.group = int(group)
     splits = {a.group: hash_split(a.id) for a in reversed(joining)}                # that of the first one of a group
     unsure = [n for n, a in enumerate(joining) if splits[a.group] != "train"]
-    for n, score in zip(unsure, nearest(new[unsure], old[training])[0], strict=True):
+    for n, score in zip(unsure, most_similar(new[unsure], old[training])[0], strict=True):
         if score >= limit: splits[joining[n].group] = "train"
     for answer in joining: answer.split = splits[answer.group]
 
@@ -155,7 +155,7 @@ def plot_growth(table: pd.DataFrame, most: int = 24) -> Figure:
     names = rows["class"] if rows["target"].nunique() == 1 else rows["target"] + ": " + rows["class"]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
     stayed = rows[["before", "after"]].min(axis=1)
-    names = names.map(plain)
+    names = names.map(plot_text)
     axes.barh(names, stayed, color="#b8bec8", label="before")
     axes.barh(names, rows["change"].clip(lower=0), left=stayed, color="#2f9e6e", label="more")
     axes.barh(names, (-rows["change"]).clip(lower=0), left=stayed, color="#d9534f", label="fewer")

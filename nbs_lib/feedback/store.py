@@ -5,7 +5,6 @@
 # %% ../../notebooks/library/feedback/01_store.ipynb #dc137c85
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -16,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from filelock import FileLock
 
 from ..core.errors import UserError
 from ..core.settings import Settings, load_settings, use_recipe
+from ..core.sqlite import DISK_FULL, disk_errors, open_database, reason_of, transaction
 from ..data.images import check_image, image_id
 from .answers import VERDICTS, best, check_label, check_user, verdict_of, what_stands
 
@@ -62,16 +62,13 @@ def _unpacked(row: sqlite3.Row) -> dict:
     return {k: json.loads(row[k]) if k in ("labels", "prediction", "suspect") and row[k] else row[k] for k in row.keys()}
 def _now() -> str: return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
 
-@contextmanager
-def _told(place: Path, what: str = "this was not saved, all before it is") -> Iterator[None]:
+def _told(place: Path, what: str = "this was not saved, all before it is") -> AbstractContextManager[None]:
     "Troubles of the disk and the file as one clear line; raises `UserError`."
-    try: yield
-    except (sqlite3.IntegrityError, sqlite3.ProgrammingError): raise  # a mistake of ours
-    except (OSError, sqlite3.Error) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "full" in str(error)
-        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-        advice = "free some space" if full else "see to it that it can be read and written"
-        raise UserError(f"{place}: {reason}; {what}; {advice} and do it again") from error
+    def sentence(error) -> str:
+        reason = reason_of(error)
+        advice = "free some space" if reason == DISK_FULL else "see to it that it can be read and written"
+        return f"{place}: {reason}; {what}; {advice} and do it again"
+    return disk_errors(sentence)
 
 # %% ../../notebooks/library/feedback/01_store.ipynb #23c2dd04
 class _File:
@@ -92,9 +89,7 @@ class _File:
 
     def _open(self) -> sqlite3.Connection:
         self.folder.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(self.file, timeout=60, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        for pragma in ("synchronous = full", "foreign_keys = on"): db.execute(f"pragma {pragma}")
+        db = open_database(self.file)
         [format] = db.execute("pragma user_version").fetchone()
         if format > FORMAT:
             raise UserError(f"{self.file}: made by a newer Loopbook (format {format}, this one knows {FORMAT}); update Loopbook")
@@ -108,14 +103,7 @@ class _File:
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         "A transaction that holds the write lock; all or nothing."
-        db = self._db()
-        with _told(self.folder):
-            db.execute("begin immediate")
-            try:
-                yield db
-                db.execute("commit")
-            finally:
-                if db.in_transaction: db.execute("rollback")
+        with _told(self.folder), transaction(self._db()) as db: yield db
 
     def _rows(self, sql: str, values=()) -> list[dict]:
         with _told(self.file, "the feedback cannot be read"): return [_unpacked(r) for r in self._db().execute(sql, values)]
@@ -372,7 +360,7 @@ def words_said(name: str, settings: Settings) -> int:
     "The number of the last word in the feedback store of recipe `name`; 0 where nothing was said yet."
     file = settings.home / "data" / "feedback" / name / "feedback.sqlite"
     if not file.exists(): return 0
-    try:
-        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=60)) as db:
-            return db.execute("select coalesce(max(seq), 0) from history").fetchone()[0]
-    except sqlite3.Error as error: raise UserError(f"{file}: cannot be read ({error}); see to it that it is a feedback store") from None
+    def sentence(error) -> str:
+        return f"{file}: cannot be read ({reason_of(error)}); see to it that it is a feedback store"
+    with disk_errors(sentence), closing(open_database(file, read_only=True)) as db:
+        return db.execute("select coalesce(max(seq), 0) from history").fetchone()[0]

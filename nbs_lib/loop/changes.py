@@ -84,7 +84,8 @@ def current_inputs(
     settings: Settings,
     source: str | None = None,        # what the recipe names where not given
     tracker: Tracker | None = None,   # opened where it is wanted and not given
-) -> dict[str, str | int | None]:     # number of the last word, reference of the newest version, signature of the source
+# number of the last word, reference of the newest version, signature of the source
+) -> dict[str, str | int | None]:
     "What there is now of a recipe; None where there is nothing, of a source also where only reading can tell."
     found: dict[str, str | int | None] = {}
     if "feedback" in of:
@@ -101,7 +102,8 @@ def current_inputs(
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #49d8e743
 def _artifacts(step: Step, notebook: Path, recipe: str, tracker: Tracker) -> dict[str, str] | None:
-    "Reference -> digest of the artifacts that the step reads; None where one is missing. What it has made itself is no news to it."
+    """Reference -> digest of the artifacts that the step reads; None where one is missing. What it has made itself is
+    no news to it."""
     before = records.recent(1000, known_as=records.known_as(notebook))
     made = {ref: run.inputs[0] for run in before for ref in run.outputs if run.inputs and run.inputs[0] != ref}
     found = {}
@@ -121,7 +123,8 @@ def fingerprint(
 ) -> str | None:
     "SHA-256 of all that the step's result depends on; None where that cannot be known."
     name, recipe = use_recipe(settings, parameters["recipe"])
-    facts: dict = {"code": code_digest(notebook), "parameters": parameters, "recipe": {k: getattr(recipe, k) for k in step.keys},
+    facts: dict = {"code": code_digest(notebook), "parameters": parameters,
+                   "recipe": {k: getattr(recipe, k) for k in step.keys},
                    "settings": [getattr(settings, s).model_dump() for s in ("project", "tracking", *step.sections)]}
     if (artifacts := _artifacts(step, notebook, name, tracker)) is None: return None
     of = [what for what, wanted in (("feedback", step.reads_feedback), ("source", step.reads_source)) if wanted]
@@ -139,7 +142,8 @@ def done_before(
 ) -> Run | None:
     "The step's last success, if it had this fingerprint and what it made is still there."
     last = records.last_success(notebook, recipe=parameters["recipe"])
-    return last if mark and last and last.fingerprint == mark and all(tracker.resolve(ref) for ref in last.outputs) else None
+    return last if mark and last and last.fingerprint == mark and all(tracker.resolve(ref)
+                                                                      for ref in last.outputs) else None
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #edff5c0a
 def current_and_known(
@@ -148,7 +152,8 @@ def current_and_known(
     recipe: str | None = None,
     source: str | None = None,    # as the job's parameters name it
 ) -> tuple[dict, dict]:           # both by the words of `on`
-    "The recipe's `current_inputs`, and what is known of them: the dataset that production was trained on, the signature of what was read."
+    """The recipe's `current_inputs`, and what is known of them: the dataset that production was trained on, the
+    signature of what was read."""
     name, how = use_recipe(settings, recipe)
     known: dict = {}
     tracker = open_tracker(settings) if {"dataset", "source"} & set(on) else None

@@ -22,12 +22,15 @@ from ..runs.writer import writer
 __all__ = ['PRELOADED', 'Loop', 'run_loop']
 
 # %% ../../notebooks/library/loop/02_loop.ipynb #40101d90
-PRELOADED = (("nbs_lib.data.versions", "nbs_lib.data.sources", "nbs_lib.data.views"),   # what steps need before torch, and after it
-             ("nbs_lib.models.finetune", "nbs_lib.models.head", "nbs_lib.evaluation.measure", "nbs_lib.evaluation.figures"))
+# what steps need before torch, and after it
+PRELOADED = (("nbs_lib.data.versions", "nbs_lib.data.sources", "nbs_lib.data.views"),
+             ("nbs_lib.models.finetune", "nbs_lib.models.head", "nbs_lib.evaluation.measure",
+              "nbs_lib.evaluation.figures"))
 
 @dataclass(frozen=True)
 class Loop:
-    "What a loop did: its steps' records; one that had nothing to do is the record of its last success, with status `skipped`."
+    """What a loop did: its steps' records; one that had nothing to do is the record of its last success, with status
+    `skipped`."""
     group: str
     recipe: str
     steps: list[Run]
@@ -50,10 +53,12 @@ def run_loop(
     force: bool = False,               # all steps, changed or not
     timeout: float | None = None,      # seconds for all steps together
     trigger: str = "cli",              # who or what started it, for the records
-    on_step: Callable[[str, Run | None], None] | None = None,   # called with a step's name before it, and with its record after it
+    # called with a step's name before it, and with its record after it
+    on_step: Callable[[str, Run | None], None] | None = None,
     on_cell: Callable[[int, int], None] | None = None,          # called with number and count before each code cell
 ) -> Loop:
-    "Run the steps of the recipe whose fingerprint has changed; raises `UserError`, also where somebody else is writing."
+    """Run the steps of the recipe whose fingerprint has changed; raises `UserError`, also where somebody else is
+    writing."""
     from nbs_lib.tracking.tracker import open_tracker
     settings, began = load_settings(), time.monotonic()
     name, _ = use_recipe(settings, recipe)
@@ -68,8 +73,11 @@ def run_loop(
             tell(records.step_name(notebook), None)
             mark = fingerprint(step, notebook, parameters, settings, tracker)
             left = timeout and max(began + timeout - time.monotonic(), 0.1)
-            if not force and (last := done_before(notebook, parameters, mark, tracker)): run = replace(last, status="skipped")
-            else: run = run_notebook(notebook, parameters, timeout=left, trigger=trigger, group=loop.group, fingerprint=mark, on_cell=on_cell)
+            if not force and (last := done_before(notebook, parameters, mark, tracker)):
+                run = replace(last, status="skipped")
+            else:
+                run = run_notebook(notebook, parameters, timeout=left, trigger=trigger, group=loop.group,
+                                   fingerprint=mark, on_cell=on_cell)
             loop.steps.append(run)
             tell(run.step, run)
             if loop.status != "completed": break

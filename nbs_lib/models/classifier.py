@@ -6,40 +6,30 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..core.errors import UserError
 from ..core.files import write_atomic
-from ..core.parallel import batches, parallel
-from ..data.images import Preprocessing, preprocess, stack
+from ..data.images import Preprocessing, preprocess
 from .backbone import create_backbone
 from .engine import Engine, Plan, choose
-from .features import embed
+from .features import embed, raise_bad, run_images
+
+if TYPE_CHECKING:
+    from nbs_lib.data.dataset import Dataset
 
 # %% auto #0
-__all__ = ['FORMAT', 'Network', 'Body', 'softmax', 'fit_temperature', 'save_model', 'read_card', 'load_network', 'Classifier',
-           'load_model', 'predict_dataset']
+__all__ = ['MODEL_FORMAT', 'Prediction', 'Body', 'Network', 'softmax', 'fit_temperature', 'save_model', 'read_card',
+           'load_network', 'ranked', 'Classifier', 'load_model', 'logits_of', 'predict_dataset']
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #f2c4eb21
-class Network(torch.nn.Module):
-    "uint8 or float RGB (n, 3, s, s) in 0..255 -> the logits of all targets side by side (n, sum of classes)."
-    def __init__(self, backbone: torch.nn.Module, how: Preprocessing, targets: Mapping[str, Sequence[str]]):
-        super().__init__()
-        self.targets = {target: list(classes) for target, classes in targets.items()}
-        self.body = Body(backbone, how)
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(backbone.num_features, len(c)) for c in self.targets.values())
-
-    def forward(self, images):
-        features = self.body(images)
-        return torch.cat([head(features) for head in self.heads], 1)
-
 class Body(torch.nn.Module):
     "Normalisation and backbone: RGB (n, 3, s, s) in 0..255 -> features (n, d)."
     def __init__(self, backbone: torch.nn.Module, how: Preprocessing):
@@ -50,10 +40,29 @@ class Body(torch.nn.Module):
 
     def forward(self, images): return self.backbone((images.float() - self.mean) / self.std)
 
+# %% ../../notebooks/library/models/03_classifier.ipynb #fb102438
+class Network(torch.nn.Module):
+    "uint8 or float RGB (n, 3, s, s) in 0..255 -> the logits of all targets side by side (n, sum of classes)."
+    def __init__(
+        self,
+        backbone: torch.nn.Module,              # (n, 3, s, s) float32 -> (n, d) features
+        how: Preprocessing,                     # how it wants its images
+        targets: Mapping[str, Sequence[str]],   # target -> its classes, in the order of the logits
+    ):
+        super().__init__()
+        self.targets = {target: list(classes) for target, classes in targets.items()}
+        self.body = Body(backbone, how)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(backbone.num_features, len(c)) for c in self.targets.values())
+
+    def forward(self, images):
+        features = self.body(images)
+        return torch.cat([head(features) for head in self.heads], 1)
+
 # %% ../../notebooks/library/models/03_classifier.ipynb #4717a218
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     "Probabilities (n, classes), float64, rows summing to 1."
-    return torch.from_numpy(logits.astype(np.float64) / temperature).softmax(1).numpy()
+    from scipy import special
+    return special.softmax(logits.astype(np.float64) / temperature, axis=1)
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     "The temperature in 0.05..20 with the least smoothed log-loss for `labels` (class numbers); 1.0 where there are none."
@@ -67,23 +76,32 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #c95cc2e3
-FORMAT = 1
+MODEL_FORMAT = 1
 
-def save_model(folder: Path, network: Network, how: Preprocessing, card: dict) -> Path:
-    "Write `model.safetensors` and `model.json`; `card` adds backbone, temperature, dataset, parameters and metrics."
+def save_model(
+    folder: Path,        # is made where it is not there
+    network: Network,    # its weights
+    how: Preprocessing,  # how it wants its images
+    card: dict,          # backbone, mode, temperature of each target, dataset, parameters and metrics
+) -> Path:               # `folder`
+    "Write `model.safetensors` and `model.json`, which is `card` with format, preprocessing and targets."
     from safetensors.torch import save
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     write_atomic(folder / "model.safetensors", save(tensors))
-    card = {"format": FORMAT, **card, "preprocessing": asdict(how), "targets": network.targets}
+    card = {"format": MODEL_FORMAT, **card, "preprocessing": asdict(how), "targets": network.targets}
     write_atomic(folder / "model.json", json.dumps(card, indent=1, ensure_ascii=False))
     return folder
 
+# %% ../../notebooks/library/models/03_classifier.ipynb #cd7337c3
 def read_card(folder: Path) -> dict:
     "The card of the model in `folder`; raises `UserError`."
     file = Path(folder) / "model.json"
     try: card = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error: raise UserError(f"{file}: not a model card ({error}); name a folder that holds a model version") from None
-    if card.get("format") != FORMAT: raise UserError(f"{file}: format {card.get('format')!r}, this Loopbook reads {FORMAT}; update Loopbook or train again")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a model card ({error}); name a folder that holds a model version") from None
+    if card.get("format") != MODEL_FORMAT:
+        raise UserError(f"{file}: format {card.get('format')!r}, this Loopbook reads {MODEL_FORMAT}; "
+                        "update Loopbook or train again")
     return card
 
 def load_network(folder: Path) -> tuple[Network, Preprocessing, dict]:
@@ -91,12 +109,25 @@ def load_network(folder: Path) -> tuple[Network, Preprocessing, dict]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     card = read_card(folder)
-    how = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()})
+    facts = card["preprocessing"]
+    how = Preprocessing(**facts | {"mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
     network = Network(create_backbone(card["backbone"], pretrained=False), how, card["targets"])
     try: network.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}/model.safetensors: damaged or not this card's weights ({str(error).splitlines()[0]}); fetch the version again") from None
+        raise UserError(f"{folder}/model.safetensors: damaged or not this card's weights "
+                        f"({str(error).splitlines()[0]}); fetch the version again") from None
     return network.eval(), how, card
+
+# %% ../../notebooks/library/models/03_classifier.ipynb #f29d7f0d
+Prediction = dict[str, dict[str, float]]  # target -> class -> probability, most likely class first
+
+def ranked(tables: Mapping[str, np.ndarray], targets: Mapping[str, Sequence[str]]) -> list[Prediction]:
+    "An answer for each row of the probabilities (n, classes) of each target, whose classes `targets` names."
+    answers: list[Prediction] = [{} for _ in next(iter(tables.values()))]
+    for target, table in tables.items():
+        for answer, p, order in zip(answers, table.tolist(), np.argsort(-table, kind="stable").tolist(), strict=True):
+            answer[target] = {targets[target][i]: p[i] for i in order}
+    return answers
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #bc358c15
 class Classifier:
@@ -106,50 +137,70 @@ class Classifier:
         self.targets = network.targets
         self._weight = np.concatenate([head.weight.detach().cpu().numpy() for head in network.heads]).T
         self._bias = np.concatenate([head.bias.detach().cpu().numpy() for head in network.heads])
-        self.engines, self._building = {}, threading.Lock()
+        self.engines: dict[int, Engine] = {}
+        self._building = threading.Lock()
 
     def engine(self, batch_size: int) -> Engine:
         "The engine for batches of this size, built where there is none yet."
         if batch_size not in self.engines:
             with self._building:
-                if batch_size not in self.engines: self.engines[batch_size] = Engine(self.network.body, self.how.size, self.plan, batch_size)
+                if batch_size not in self.engines:
+                    self.engines[batch_size] = Engine(self.network.body, self.how.size, self.plan, batch_size)
         return self.engines[batch_size]
 
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        "Features (n, d) -> logits of all targets side by side (n, sum of classes), float32."
-        return features @ self._weight + self._bias
-
-    def split(self, logits: np.ndarray) -> dict[str, np.ndarray]:
-        "Logits (n, sum of classes) -> calibrated probabilities (n, classes), float64, for each target."
+    def logits(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        "Features (n, d) -> uncalibrated logits, float32 (n, classes), for each target."
         edges = np.cumsum([len(c) for c in self.targets.values()])[:-1]
-        return {t: softmax(part, self.card["temperature"][t]) for t, part in zip(self.targets, np.split(logits, edges, axis=1), strict=True)}
+        return dict(zip(self.targets, np.split(features @ self._weight + self._bias, edges, axis=1), strict=True))
 
-    def predict_one(self, data: bytes) -> dict[str, dict[str, float]]:
-        "Probabilities of one image file's bytes; raises `BadImage`."
+    def probabilities(self, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        "Logits (n, classes) of each target -> calibrated probabilities, float64 (n, classes)."
+        return {target: softmax(table, self.card["temperature"][target]) for target, table in logits.items()}
+
+    def answers(self, pixels: np.ndarray, batch_size: int) -> list[Prediction]:
+        "What the model says of up to `batch_size` preprocessed images, uint8 (n, 3, s, s)."
+        # always so many rows: for other shapes the matrix product rounds otherwise
+        features = np.zeros((batch_size, len(self._weight)), np.float32)
+        features[:len(pixels)] = self.engine(batch_size)(pixels)
+        logits = {target: table[:len(pixels)] for target, table in self.logits(features).items()}
+        return ranked(self.probabilities(logits), self.targets)
+
+    def predict_one(self, data: bytes) -> Prediction:
+        "What the model says of one image file's bytes; raises `BadImage`."
         return self.answers(preprocess(data, self.how)[None].numpy(), 1)[0]
 
-    def predict(self, images: Iterable[bytes], batch_size: int = 32) -> Iterator[dict[str, dict[str, float]]]:
-        "Probabilities of many image files' bytes, in order, in batches; raises `BadImage`."
-        def work(batch): return self.answers(stack(batch, self.how), batch_size)
-        for rows in parallel(work, batches(images, batch_size), workers=os.cpu_count() or 1): yield from rows
-
-    def answers(self, pixels: np.ndarray, batch_size: int) -> list[dict[str, dict[str, float]]]:
-        "Probabilities of up to `batch_size` preprocessed images, uint8 (n, 3, s, s)."
-        rows: list[dict] = [{} for _ in pixels]
-        features = np.zeros((batch_size, len(self._weight)), np.float32)  # always so many: for other shapes the matrix product rounds otherwise
-        features[:len(pixels)] = self.engine(batch_size)(pixels)
-        for target, table in self.split(self.logits(features)[:len(pixels)]).items():
-            for row, p, order in zip(rows, table.tolist(), np.argsort(-table, kind="stable").tolist(), strict=True):
-                row[target] = {self.targets[target][i]: p[i] for i in order}
-        return rows
+    def predict(self, images: Iterable[bytes], batch_size: int = 32) -> Iterator[Prediction]:
+        "What it says of many image files' bytes, in order, in batches; raises `BadImage`."
+        def run(pixels): return self.answers(pixels, batch_size)
+        for _, answers in run_images(images, self.how, run, batch_size): yield from raise_bad(answers)
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #62e559e4
-def load_model(folder: Path, device: str = "auto", engine: str = "auto", precision: str = "auto") -> Classifier:
+def load_model(
+    folder: Path,             # of a model version
+    device: str = "auto",     # as for `choose`: auto, cpu, mps, cuda or cuda:N
+    engine: str = "auto",     # auto, torch or openvino
+    precision: str = "auto",  # auto, fp32, bf16 or fp16
+) -> Classifier:              # ready to predict
     "The model version in `folder`, on the engine that `choose` picks; raises `UserError`."
     return Classifier(*load_network(folder), choose(device, engine, precision))
 
 # %% ../../notebooks/library/models/03_classifier.ipynb #c02c619d
-def predict_dataset(model: Classifier, dataset, ids: Sequence[str], batch_size: int = 32) -> tuple[dict[str, np.ndarray], int]:
-    "Calibrated probabilities (n, classes) for each target, in the order of `ids`, and how many images had to be computed."
+def logits_of(
+    model: Classifier,      # its temperatures play no part
+    dataset: Dataset,       # has the images
+    ids: Sequence[str],     # of the images wanted
+    batch_size: int = 32,   # images run at once
+) -> tuple[dict[str, np.ndarray], int]:
+    "Uncalibrated logits, float32 (n, classes), for each target in the order of `ids`; how many images were computed now."
     features, computed = embed(model.network.body, model.how, model.plan, dataset, ids, batch_size)
-    return model.split(model.logits(features.reshape(len(ids), len(model._weight)))), computed
+    return model.logits(features.reshape(len(ids), len(model._weight))), computed
+
+def predict_dataset(
+    model: Classifier,      # as for `logits_of`, like the rest
+    dataset: Dataset,
+    ids: Sequence[str],
+    batch_size: int = 32,
+) -> tuple[dict[str, np.ndarray], int]:
+    "Calibrated probabilities, float64 (n, classes), in place of `logits_of`'s logits."
+    logits, computed = logits_of(model, dataset, ids, batch_size)
+    return model.probabilities(logits), computed

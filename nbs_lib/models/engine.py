@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['Plan', 'choose', 'Engine', 'fingerprint']
+__all__ = ['Plan', 'choose', 'Engine', 'network_digest']
 
 # %% ../../notebooks/library/models/01_engine.ipynb #ecf9e221
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _torch(network, size, plan, batch_size):
     return run
 
 # %% ../../notebooks/library/models/01_engine.ipynb #d58f0693
-def fingerprint(network: torch.nn.Module) -> str:
+def network_digest(network: torch.nn.Module) -> str:
     "SHA-256 over a network's structure and weights, first 16 hex digits."
     digest = hashlib.sha256(str(network).encode())
     for name, value in network.state_dict().items():
@@ -103,7 +103,7 @@ def _converted(network, size) -> Path:
     "The network's OpenVINO file, converted where it is not in the cache yet."
     openvino = load_openvino()
     import torch
-    folder = home() / "data" / "cache" / "openvino" / f"{fingerprint(network)}-{size}-{openvino.__version__.split('-')[0]}"
+    folder = home() / "data" / "cache" / "openvino" / f"{network_digest(network)}-{size}-{openvino.__version__.split('-')[0]}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))

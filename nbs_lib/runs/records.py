@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import home, repository
+from ..core.sqlite import disk_errors, open_database, reason_of, transaction
 
 # %% auto #0
 __all__ = ['COLUMNS', 'JSON', 'Run', 'step_name', 'known_as', 'new_id', 'now', 'commit', 'begin', 'update', 'finish', 'get',
@@ -80,28 +81,26 @@ def _quoted(columns, after: str = "", between: str = ", ") -> str: return betwee
 
 def _upgrade(db: sqlite3.Connection) -> None:
     "Add what older tables lack: there, a step was known by its path."
-    db.execute("begin immediate")
-    if "known_as" not in {row[1] for row in db.execute("pragma table_info(runs)")}:
+    with transaction(db):
+        if "known_as" in {row[1] for row in db.execute("pragma table_info(runs)")}: return
         db.execute("alter table runs add column known_as")
         for (notebook,) in db.execute("select distinct notebook from runs").fetchall():
             name = step_name(notebook) if Path(notebook).parent.name == "notebooks" else notebook
             db.execute("update runs set known_as = ? where notebook = ?", (name, notebook))
-    db.execute("commit")
 
 def _connect() -> sqlite3.Connection:
     "The open table in `outputs/runs.sqlite`; raises `UserError` where it cannot be opened."
     file = home() / "outputs" / "runs.sqlite"
-    try:
+    def sentence(error) -> str:
+        return (f"{file}: cannot keep the run records there ({reason_of(error)}); make the folder writable, "
+                "or move a damaged file away")
+    with disk_errors(sentence):
         file.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(file, timeout=30, isolation_level=None)
+        db = open_database(file, wait=30, durable=False)
         db.execute("pragma journal_mode = wal")
-        db.execute("pragma synchronous = normal")
         db.execute(f"create table if not exists runs ({_quoted(COLUMNS)}, primary key (id))")
         db.execute("create index if not exists started on runs (started_at)")
         if "known_as" not in {row[1] for row in db.execute("pragma table_info(runs)")}: _upgrade(db)
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(f"{file}: cannot keep the run records there ({error}); make the folder writable, or move a damaged file away") from None
-    db.row_factory = sqlite3.Row
     return db
 
 def _execute(sql: str, values=()) -> list[Run]:

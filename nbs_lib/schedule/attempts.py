@@ -21,6 +21,7 @@ from ..core.files import home
 from ..core.settings import Settings, load_settings
 from ..loop.changes import current_and_known, what_is_new
 from ..runs import records
+from ..runs.results import Judged
 from ..runs.writer import Busy, writer
 from . import slots
 from .jobs import Job, length, locate
@@ -42,14 +43,15 @@ class Outcome:
 
 def result_of(run: records.Run) -> str | None:
     "What came of a run, in a line."
-    if decision := run.summary.get("decision"): return f"{decision}: {'; '.join(run.summary.get('reasons') or [])}"
-    return ", ".join(run.outputs) or None
+    judged = Judged.read(run.summary)
+    return str(judged) if judged else ", ".join(run.outputs) or None
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #da338007
 def attempt(
     job: Job,
     trigger: str,                                              # who or what started it, for the records
-    on_wait: Callable[[str | None], None] | None = None,       # called with the reason where it has to wait, with None when it begins
+    # called with the reason where it has to wait, with None when it begins
+    on_wait: Callable[[str | None], None] | None = None,
     before: dict | None = None,                                # the mark of the job's last success
     on_step: Callable[[str, records.Run | None], None] | None = None,  # as in `run_loop`
     on_cell: Callable[[int, int], None] | None = None,
@@ -58,7 +60,8 @@ def attempt(
     settings, mark = load_settings(), None
     if job.on and not job.parameters.get("force"):
         mark, known = current_and_known(job.on, settings, job.parameters.get("recipe"), job.parameters.get("source"))
-        if not what_is_new(mark, known if job.loop else known | {"dataset": None}, before or {}): return Outcome("skipped", "nothing new")
+        if not what_is_new(mark, known if job.loop else known | {"dataset": None}, before or {}):
+            return Outcome("skipped", "nothing new")
     try:
         with writer(trigger, settings.schedule.busy == "wait", on_wait) if job.writes else nullcontext():
             if on_wait: on_wait(None)
@@ -78,14 +81,18 @@ def _attempt_loop(job: Job, trigger: str, mark: dict | None, on_step, on_cell) -
     last = loop.steps[-1]
     if loop.status != "completed":
         late = job.timeout and "timed out" in (last.error or "")       # a step knows only what was left of the time
-        return Outcome(loop.status, f"{last.step}: {f'timed out after {length(job.timeout)}' if late and job.timeout else last.error}")
+        return Outcome(loop.status,
+                       f"{last.step}: "
+                       f"{f'timed out after {length(job.timeout)}' if late and job.timeout else last.error}")
     trained_on = [ref for step in loop.steps for ref in step.inputs if ref.startswith(f"{dataset_of(loop.recipe)}:")]
-    if mark and "dataset" in mark and trained_on: mark = mark | {"dataset": trained_on[-1]}    # with what the loop itself has merged
+    # with what the loop itself has merged
+    if mark and "dataset" in mark and trained_on: mark = mark | {"dataset": trained_on[-1]}
     return Outcome("completed", None, result_of(last), mark)
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #fd18edcc
 def tell(slot: Slot, settings: Settings) -> None:
-    "Send what is to be said of a slot that has ended, as its job and `[notify]` want it; takes at most `[notify] timeout` a message."
+    """Send what is to be said of a slot that has ended, as its job and `[notify]` want it; takes at most `[notify]
+    timeout` a message."""
     from nbs_lib.runs.messages import notify
     from nbs_lib.runs.messages import messages
     job = slot.defined
@@ -94,10 +101,13 @@ def tell(slot: Slot, settings: Settings) -> None:
     told = [m for run in reversed(made) for m in messages(run) if m["event"] != "failure"]
     if slot.status == "failed":
         about = next((m for m in messages(made[0]) if m["event"] == "failure"), {}) if made else {}
-        told.append({"event": "failure", "title": f"job {job.name} failed", "text": slot.reason or ""} | {k: about[k] for k in ("text", "run", "log") if k in about})
+        told.append({"event": "failure", "title": f"job {job.name} failed", "text": slot.reason or ""}
+                    | {k: about[k] for k in ("text", "run", "log") if k in about})
         if (state := slots.states().get(job.name)) and state.paused:
-            told.append({"event": "paused", "title": f"job {job.name} is paused", "text": f"It {state.paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
-    if slot.status == "completed" and job.notify == "always" and not told: told.append({"event": "completed", "title": f"job {job.name} is done", "text": slot.result or ""})
+            told.append({"event": "paused", "title": f"job {job.name} is paused",
+                         "text": f"It {state.paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
+    if slot.status == "completed" and job.notify == "always" and not told:
+        told.append({"event": "completed", "title": f"job {job.name} is done", "text": slot.result or ""})
     for message in told: notify(settings=settings, **message)
 
 def send_in_background(slot: Slot | None) -> Slot | None:
@@ -109,11 +119,13 @@ def send_in_background(slot: Slot | None) -> Slot | None:
 CODE = "import sys; from nbs_lib.schedule.attempts import run_slot; run_slot(*sys.argv[1:])"
 
 def start(slot: Slot) -> subprocess.Popen:
-    "Run a slot that has been claimed in a process of its own; what it says beyond its notebook is in `outputs/.schedule/JOB.log`."
+    """Run a slot that has been claimed in a process of its own; what it says beyond its notebook is in
+    `outputs/.schedule/JOB.log`."""
     lock = slots.lock_of(slot.job)
     env = os.environ | {"LOOPBOOK_HOME": str(home()), "LOOPBOOK_TOKEN": slot.claimed_token}
     with open(Path(lock.lock_file).with_suffix(".log"), "wb") as log:
-        return subprocess.Popen([sys.executable, "-P", "-c", CODE, slot.job, slot.claimed_token], stdin=subprocess.DEVNULL,
+        return subprocess.Popen([sys.executable, "-P", "-c", CODE, slot.job, slot.claimed_token],
+                                stdin=subprocess.DEVNULL,
                                 stdout=log, stderr=log, cwd=home(), start_new_session=True, env=env)
 
 def run_slot(job: str, token: str) -> None:
@@ -125,9 +137,11 @@ def run_slot(job: str, token: str) -> None:
         try: outcome = attempt(slot.defined, slot.trigger, on_wait, slots.recall(slot.defined))
         except KeyboardInterrupt: outcome = Outcome("cancelled", "cancelled")
         except UserError as error: outcome = Outcome("failed", str(error))
-        except Exception as error: outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+        except Exception as error:
+            outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
         ended = slots.end_attempt(token, **vars(outcome))
-    if ended: tell(ended, load_settings())                 # the job's lock is free while a slow mail server is waited for
+    # the job's lock is free while a slow mail server is waited for
+    if ended: tell(ended, load_settings())
 
 def last_line_printed(slot: Slot) -> str:
     "The last line that the process of a job has printed."
@@ -143,13 +157,16 @@ def end_dead_attempt(slot: Slot) -> Slot | None:
     from nbs_lib.runs.kernels import kill_processes
     try:
         with slots.lock_of(slot.job).acquire(timeout=0):
-            if not any(s.token == slot.token for s in slots.history(1, job=slot.job, slot=slot.slot, status="running")): return None
+            if not any(s.token == slot.token for s in slots.history(1, job=slot.job, slot=slot.slot, status="running")):
+                return None
             kill_processes(slot.claimed_token)
             found = [r for r in records.recent(trigger=slot.trigger) if (r.started_at or "") >= (slot.started_at or "")]
             mark_killed(found)
             if found and found[0].status == "completed" and not slot.defined.loop:
-                return send_in_background(slots.end_attempt(slot.claimed_token, "completed", result=result_of(found[0])))
-            return send_in_background(slots.end_attempt(slot.claimed_token, "failed", "killed: its process ended without a word"))
+                return send_in_background(slots.end_attempt(slot.claimed_token, "completed",
+                                                            result=result_of(found[0])))
+            return send_in_background(slots.end_attempt(slot.claimed_token, "failed",
+                                                        "killed: its process ended without a word"))
     except Timeout: return None
 
 def mark_killed(found: Iterable[records.Run]) -> None:

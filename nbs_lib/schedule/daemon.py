@@ -107,7 +107,8 @@ class Clock:
 STOP = 20    # seconds that runs have to end when the daemon is stopped
 
 class Daemon:
-    "Starts the runs of `scheduled/` when they are due; `say` gets a line for each event. Raises `UserError` for wrong settings."
+    """Starts the runs of `scheduled/` when they are due; `say` gets a line for each event. Raises `UserError` for
+    wrong settings."""
     def __init__(self, say: Callable[[str], None] = print):
         self.folder, self.clock, self.say = Folder(), Clock(), say
         self.running: dict[str, tuple[Slot, subprocess.Popen]] = {}    # by token
@@ -118,7 +119,8 @@ class Daemon:
         self._recovered = 0.0                                          # when, on the monotonic clock
 
     def run(self, once: bool = False, tick: float = 0.5) -> list[Slot]:
-        "Go on until `quit` is set, or with `once` until what is due has ended; returns the slots that have ended or will be tried again."
+        """Go on until `quit` is set, or with `once` until what is due has ended; returns the slots that have ended or
+        will be tried again."""
         trouble = None
         try:
             if once: self.plan()
@@ -131,7 +133,8 @@ class Daemon:
                     self.launch()
                     if once and not self.running and not slots.due(datetime.now(UTC)): break
                     trouble = None
-                except Exception as error:                             # a full disk, say: it may have room again in a minute
+                # a full disk, say: it may have room again in a minute
+                except Exception as error:
                     if once: raise
                     if str(error) != trouble: self.say(f"{type(error).__name__}: {error}")
                     trouble = str(error)
@@ -172,7 +175,8 @@ def launch(self: Daemon) -> None:
     for slot in slots.due(now):
         job = self.folder.jobs.get(slot.job)
         if job is None: slots.drop(slot, "its file is gone")
-        elif job.writes and settings.busy == "wait" and (who := busy()): slots.note(slot, f"waits: {who} is writing here")
+        elif job.writes and settings.busy == "wait" and (who := busy()):
+            slots.note(slot, f"waits: {who} is writing here")
         elif claimed := slots.claim(slot, now, settings.parallel, job):
             self.running[claimed.claimed_token] = claimed, start(claimed)
             again = f"started again ({slot.attempt} of {job.retries} retries)"
@@ -211,7 +215,8 @@ def _report(self: Daemon, slot: Slot) -> None:
     if slot.reason == "nothing new": return
     self.say(f"{slot.job}: {slot.status}" + "".join(f": {text}" for text in (slot.result, slot.reason) if text))
     state = slots.states().get(slot.job) if slot.status == "failed" else None
-    if state and state.paused: self.say(f"{slot.job}: paused, it {state.paused}; mend it, then `loopbook schedule --resume {slot.job}`")
+    if state and state.paused:
+        self.say(f"{slot.job}: paused, it {state.paused}; mend it, then `loopbook schedule --resume {slot.job}`")
 
 # %% ../../notebooks/library/schedule/03_daemon.ipynb #67beac97
 @patch
@@ -258,7 +263,8 @@ def _job_row(name: str, folder: Folder, state: slots.State | None, now: datetime
             "paused": state and state.paused, "problem": folder.problems.get(name)}
 
 def job_table(folder: Folder | None = None) -> list[dict]:
-    "One dict a job: name, timing, next (UTC), status and time of its last slot, why it waits or is paused, and the problem of its file."
+    """One dict a job: name, timing, next (UTC), status and time of its last slot, why it waits or is paused, and the
+    problem of its file."""
     folder, now = folder or Folder(), datetime.now(UTC)
     folder.read(now)
     states = slots.states()
@@ -274,7 +280,8 @@ def run_now(name: str, folder: Folder | None = None) -> subprocess.Popen:
     folder, now = folder or Folder(), datetime.now(UTC)
     folder.read(now)
     if name not in folder.jobs:
-        raise UserError(folder.problems.get(name) or f"job {name!r} is not in {home() / 'scheduled'}{nearest(name, folder.jobs)}")
+        raise UserError(folder.problems.get(name)
+                        or f"job {name!r} is not in {home() / 'scheduled'}{nearest(name, folder.jobs)}")
     slot = slots.add_slot(folder.jobs[name], now)
     if claimed := slots.claim(slot, now): return start(claimed)
     raise UserError(f"{name}: somebody else has just started its run of {slot.slot}")

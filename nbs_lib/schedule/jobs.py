@@ -51,7 +51,8 @@ def zone(name: str) -> tzinfo:
     if name == "UTC": return UTC
     try: return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise ValueError(f"{name!r} is not a time zone{nearest(name, available_timezones()).partition('; there are')[0]}") from None
+        raise ValueError(f"{name!r} is not a time "
+                         f"zone{nearest(name, available_timezones()).partition('; there are')[0]}") from None
 
 def _zone_name(name: str) -> str:
     zone(name)
@@ -76,7 +77,9 @@ class Job(Section):
     parameters: dict = key({}, "of the notebook; of the loop: recipe, source, force")
     timeout: Annotated[Seconds, Field(gt=0)] | None = key(None, "stop a run that takes longer, 2h")
     retries: int = key(0, "how often a failed run is tried again", ge=0, le=100)
-    backoff: Annotated[Seconds, Field(ge=0)] = key(60.0, "wait so long before the first retry, and twice as long before each next one")
+    backoff: Annotated[Seconds, Field(ge=0)] = key(60.0,
+                                                   "wait so long before the first retry, and twice as long before "
+                                                   "each next one")
     kernel: str | None = key(None, "a Jupyter kernel; the notebook's own where not given")
     enabled: bool = key(True, "false: the job rests")
     notify: Literal["never", "failure", "always"] = key("failure", "when to send a message")
@@ -84,7 +87,8 @@ class Job(Section):
     @model_validator(mode="after")
     def _one_of(self):
         if bool(self.notebook) == self.loop: raise ValueError("say either notebook: NAME or loop: true")
-        if sum(t is not None for t in (self.every, self.daily, self.weekly)) > 1: raise ValueError("only one of every, daily and weekly")
+        if sum(t is not None for t in (self.every, self.daily, self.weekly)) > 1:
+            raise ValueError("only one of every, daily and weekly")
         if self.kernel and self.loop: raise ValueError("a loop has no kernel of its own")
         if not (self.every or self.daily or self.weekly):
             if not self.on: raise ValueError("say when: every, daily, weekly or on")
@@ -124,7 +128,8 @@ def _root(file: Path):
     import yaml
     try: root = yaml.compose(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{file}:{(error.problem_mark or error.context_mark).line + 1}: this is not YAML ({error.problem})") from None
+        raise UserError(f"{file}:{(error.problem_mark or error.context_mark).line + 1}: this is not YAML "
+                        f"({error.problem})") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(root, yaml.MappingNode): raise UserError(f"{file}:1: a job is lines of the form key: value")
@@ -139,7 +144,8 @@ def _entries(file: Path) -> dict[str, tuple[object, int]]:
         if name in found: raise UserError(f"{file}:{line}: {name}: is here twice, also in line {found[name][1]}")
         if v.tag == "tag:yaml.org,2002:null": continue
         try: found[name] = _as_written(v, name), line
-        except yaml.YAMLError as error: raise UserError(f"{file}:{line}: {name}: {getattr(error, 'problem', error)}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{file}:{line}: {name}: {getattr(error, 'problem', error)}") from None
     return found
 
 # %% ../../notebooks/library/schedule/00_jobs.ipynb #7aa7228b
@@ -172,10 +178,13 @@ def read_job(file: Path, settings: Settings | None = None) -> Job:
     settings, entries = settings or load_settings(), _entries(Path(file))
     def place(*names): return next((f"{file}:{entries[n][1]}: {n}: " for n in names if n in entries), f"{file}:1: ")
     known = [n for n in Job.model_fields if n != "name"]
-    if not re.fullmatch(NAME, Path(file).stem): raise UserError(f"{file}: a job's file is named with letters, digits, - and _")
+    if not re.fullmatch(NAME, Path(file).stem):
+        raise UserError(f"{file}: a job's file is named with letters, digits, - and _")
     for name in entries:
         if name not in known: raise UserError(f"{place(name)}no such key{nearest(name, known)}")
-    try: job = Job(name=Path(file).stem, **{"timezone": settings.schedule.timezone} | {k: v for k, (v, _) in entries.items()})
+    try:
+        job = Job(name=Path(file).stem, **{"timezone": settings.schedule.timezone}
+                  | {k: v for k, (v, _) in entries.items()})
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error": why = str(first["ctx"]["error"])

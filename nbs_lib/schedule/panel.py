@@ -96,14 +96,16 @@ def update(self: Panel) -> None:
     "Show how things are."
     self.started = [p for p in self.started if p.poll() is None]
     recover(datetime.now(UTC))
-    self.daemon.value = "" if daemon_is_running() else "No daemon is running here; <code>loopbook schedule</code> starts one."
+    asleep = "No daemon is running here; <code>loopbook schedule</code> starts one."
+    self.daemon.value = "" if daemon_is_running() else asleep
     jobs = job_table(self.folder)
     for job in jobs: self.fill(job)
     wanted = (*self.heads, *(cell for job in jobs for cell in self.rows[job["job"]]))
     if self.grid.children != wanted: self.grid.children = wanted
     text = last_runs()
     if not self.table.outputs or self.table.outputs[0]["data"]["text/markdown"] != text:
-        self.table.outputs = ({"output_type": "display_data", "data": {"text/markdown": text, "text/plain": text}, "metadata": {}},)
+        self.table.outputs = ({"output_type": "display_data", "data": {"text/markdown": text, "text/plain": text},
+                               "metadata": {}},)
 
 @patch
 def fill(self: Panel, job: dict) -> None:

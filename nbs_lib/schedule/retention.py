@@ -18,6 +18,7 @@ from ..core.settings import Settings, load_settings
 from ..runs import records
 from ..runs.index import write_index
 from ..runs.records import Run
+from ..runs.results import Judged
 from ..runs.writer import writer
 from . import slots
 from ..tracking.tracker import Tracker, open_tracker
@@ -36,12 +37,14 @@ class Lineage:
 
     def holds(self, run: Run) -> bool:
         "Whether a run made one of the versions, or promoted one."
-        promoted = run.summary.get("decision") == "promote" and run.summary.get("production") in self.refs
+        judged = Judged.read(run.summary)
+        promoted = judged is not None and judged.promoted and judged.production in self.refs
         return promoted or any(f"-{run.id}-" in tracked for tracked in self.runs)
 
 def lineage(tracker: Tracker) -> Lineage:
     "All that the models with the alias `production` or `previous` came from, and they themselves."
-    waiting = [v.ref for name in tracker.artifacts("model") for v in tracker.versions(name) if {"production", "previous"} & {*v.aliases}]
+    waiting = [v.ref for name in tracker.artifacts("model") for v in tracker.versions(name)
+               if {"production", "previous"} & {*v.aliases}]
     refs, makers = set(), set()
     while waiting:
         if (ref := waiting.pop()) in refs: continue
@@ -55,7 +58,9 @@ def lineage(tracker: Tracker) -> Lineage:
 @dataclass(frozen=True)
 class Removable:
     "Something that may go."
-    kind: str                  # run (its outputs) | version (in the tracker) | copy (ours of a version) | cache | slots | rest (of what went before)
+    # run (its outputs) | version (in the tracker) | copy (ours of a version) | cache | slots | rest (of what went
+    # before)
+    kind: str
     name: str
     bytes: int                 # the disk space that it gives back
     path: Path | None = None
@@ -74,7 +79,8 @@ def old_runs(
     "Runs whose outputs may go."
     border = (now - timedelta(days=settings.retention.keep_days)).isoformat()
     seen: Counter = Counter()                                          # runs of a notebook
-    succeeded: set = set()                                             # notebooks and recipes whose last success was met
+    # notebooks and recipes whose last success was met
+    succeeded: set = set()
     outputs = settings.home / "outputs"
     there = {entry.name for entry in os.scandir(outputs)} if outputs.exists() else set()
     for run in records.recent(10_000_000):
@@ -109,7 +115,8 @@ def old_caches(settings: Settings, now: datetime) -> Iterator[Removable]:
     "Features, compiled networks, checkpoints and downloads that were not used for long."
     data, border = settings.home / "data", now.timestamp() - settings.retention.keep_days * 86400
     downloads = [p for p in (data / "cache" / "wandb").rglob("*") if p.is_file()]
-    sent = [p for p in (data / "wandb").glob("*run-*") if p.is_dir() and (p.name.startswith("run-") or any(p.glob("*.synced")))]
+    sent = [p for p in (data / "wandb").glob("*run-*") if p.is_dir()
+            and (p.name.startswith("run-") or any(p.glob("*.synced")))]
     for path in [*(p for p in (data / "cache").glob("*/*") if p.parent.name != "wandb"), *downloads, *sent]:
         if _last_used(path) < border: yield Removable("cache", str(path.relative_to(data)), freed_bytes(path), path)
 
@@ -137,7 +144,8 @@ def plan_cleanup(
     tracker: Tracker,
     now: datetime | None = None,
 ) -> Cleanup:
-    "What may go at the time `now`; changes nothing. Raises `UserError` where the tracker cannot say what production came from."
+    """What may go at the time `now`; changes nothing. Raises `UserError` where the tracker cannot say what production
+    came from."""
     now, keep, notes = now or datetime.now(UTC), lineage(tracker), []
     versions = list(old_versions(settings, tracker, keep))
     aside = [p for top in ("outputs", "data") for p in sorted((settings.home / top / ASIDE).glob("*"))]
@@ -172,7 +180,8 @@ def _remove(item: Removable, settings: Settings, tracker: Tracker) -> None:
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #59edbbc6
 def prune(dry_run: bool = False, wait: bool = False) -> Cleanup:
-    "Let go what may go, or only say what would; returns what went. Raises `UserError`, without `wait` also while somebody else is writing."
+    """Let go what may go, or only say what would; returns what went. Raises `UserError`, without `wait` also while
+    somebody else is writing."""
     settings = load_settings()
     tracker = open_tracker(settings)
     if dry_run: return plan_cleanup(settings, tracker)

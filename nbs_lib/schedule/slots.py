@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from ..core.errors import UserError, nearest
 from ..core.files import home
 from ..core.settings import Schedule, load_settings
+from ..core.sqlite import disk_errors, open_database, reason_of, transaction
 from ..runs import records
 from .jobs import Job, count_slots, last_slot
 
@@ -30,7 +31,8 @@ OPEN = ("due", "starting", "running")
 
 @dataclass(frozen=True)
 class Slot:
-    "A moment at which a job was due, and what came of it; times are UTC, `not_before` and `lease` seconds since the epoch."
+    """A moment at which a job was due, and what came of it; times are UTC, `not_before` and `lease` seconds since the
+    epoch."""
     job: str
     slot: str                          # 2026-11-21T02:30:00Z
     status: str = "due"                # due | starting | running | completed | failed | cancelled | skipped | missed
@@ -89,19 +91,16 @@ create index if not exists tokens on slots (token);
 def _database() -> Iterator[sqlite3.Connection]:
     "A transaction on `outputs/schedule.sqlite`, on disk when it is left; raises `UserError`."
     file = home() / "outputs" / "schedule.sqlite"
-    try:
+    def sentence(error) -> str:
+        return (f"{file}: the schedule cannot be kept there ({reason_of(error)}); free some space or make the folder "
+                "writable, or move a damaged file away")
+    with disk_errors(sentence):
         file.parent.mkdir(parents=True, exist_ok=True)
         new = not file.exists()
-        with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as db:
-            if new or not db.execute("select 1 from sqlite_master where name = 'tokens'").fetchone(): db.executescript(SCHEMA)
-            db.execute("pragma synchronous = full")
-            db.row_factory = sqlite3.Row
-            db.execute("begin immediate")
-            yield db
-            db.execute("commit")
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(f"{file}: the schedule cannot be kept there ({error}); free some space or make the folder writable, "
-                        "or move a damaged file away") from None
+        with closing(open_database(file, wait=30)) as db:
+            if new or not db.execute("select 1 from sqlite_master where name = 'tokens'").fetchone():
+                db.executescript(SCHEMA)
+            with transaction(db): yield db
 
 def _select(db, where: str, *values) -> list[Slot]:
     return [Slot(**dict(r)) for r in db.execute(f"select * from slots where {where}", values)]
@@ -118,7 +117,8 @@ LATE = 60   # seconds after which a slot counts as missed
 def _know(db, job: Job, now: datetime, old: State | None = None) -> None:
     "Keep the job as it is; where its times are not those of `old`, its slots begin now."
     since = old.since if old and old.timing == job.timing and old.since <= stamp(now) else stamp(now)
-    db.execute("insert into jobs (name, timing, since, definition, failures) values (?, ?, ?, ?, 0) on conflict do update set "
+    db.execute("insert into jobs (name, timing, since, definition, failures) values (?, ?, ?, ?, 0) on conflict do "
+               "update set "
                "timing = excluded.timing, since = excluded.since, definition = excluded.definition",
                (job.name, job.timing, since, job.model_dump_json()))
 
@@ -163,7 +163,8 @@ def plan_slots(
         return [_insert(db, slot) for job in jobs if (slot := _newly_due(db, job, now, catch_up))]
 
 def add_slot(job: Job, now: datetime) -> Slot:
-    "A slot for a run that somebody wants now: its own, or the one that waits; raises `UserError` where the job is running."
+    """A slot for a run that somebody wants now: its own, or the one that waits; raises `UserError` where the job is
+    running."""
     with _database() as db:
         if going := _select(db, f"job = ? and (status in {OPEN} or slot = ?)", job.name, stamp(now)):
             if going[0].status == "due": return going[0]
@@ -185,16 +186,19 @@ def claim(
 ) -> Slot | None:
     "Lease a slot that is due; None where somebody else has it or there is no room."
     with _database() as db:
-        room = db.execute("select count(*) < ? from slots where status in ('starting', 'running')", (parallel,)).fetchone()[0]
+        room = db.execute("select count(*) < ? from slots where status in ('starting', 'running')",
+                          (parallel,)).fetchone()[0]
         if not room or not _select(db, "job = ? and slot = ? and status = 'due'", slot.job, slot.slot): return None
         definition = job.model_dump_json() if job else slot.definition
-        return _set(db, slot, status="starting", token=secrets.token_hex(8), lease=now.timestamp() + LEASE, definition=definition)
+        return _set(db, slot, status="starting", token=secrets.token_hex(8), lease=now.timestamp() + LEASE,
+                    definition=definition)
 
 def renew(tokens: Iterable[str], now: datetime) -> None:
     "Extend the leases of processes that live but have not begun."
     until = now.timestamp() + LEASE
     with _database() as db:
-        db.executemany("update slots set lease = ? where token = ? and status = 'starting'", [(until, t) for t in tokens])
+        db.executemany("update slots set lease = ? where token = ? and status = 'starting'",
+                       [(until, t) for t in tokens])
 
 def take(token: str) -> Slot | None:
     "Begin the attempt that the token is for; None where it is good no more."
@@ -220,8 +224,10 @@ def drop(slot: Slot, reason: str) -> None:
 def give_back(slot: Slot, reason: str) -> bool:
     "Let a slot whose process was stopped be due again, as if it had not been begun; returns whether it was."
     with _database() as db:
-        found = _select(db, "job = ? and slot = ? and status in ('starting', 'running', 'cancelled')", slot.job, slot.slot)
-        for s in found: _set(db, s, status="due", token=None, reason=reason, attempt=max(s.attempt - (s.status != "starting"), 0))
+        found = _select(db, "job = ? and slot = ? and status in ('starting', 'running', 'cancelled')", slot.job,
+                        slot.slot)
+        for s in found:
+            _set(db, s, status="due", token=None, reason=reason, attempt=max(s.attempt - (s.status != "starting"), 0))
     return bool(found)
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #55f38936
@@ -231,7 +237,8 @@ def _max_failures() -> int:
 
 def _count_failure(db, job: str, reason: str | None, limit: int) -> None:
     "One more failure in a row; with the last that is allowed the job is paused."
-    for failures, in db.execute("update jobs set failures = failures + 1 where name = ? returning failures", (job,)).fetchall():
+    for failures, in db.execute("update jobs set failures = failures + 1 where name = ? returning failures",
+                                (job,)).fetchall():
         why = f"failed {failures} times in a row, the last time: {reason}"
         if failures >= limit: db.execute("update jobs set paused = ? where name = ? and paused is null", (why, job))
 
@@ -242,7 +249,8 @@ def end_attempt(
     result: str | None = None,  # what came of it, in a line
     mark: dict | None = None,   # to remember where it completed
 ) -> Slot | None:
-    "End the attempt of `token`; returns the slot as it is then, `due` where it will be tried again; None where it has ended before."
+    """End the attempt of `token`; returns the slot as it is then, `due` where it will be tried again; None where it
+    has ended before."""
     limit = _max_failures()
     with _database() as db:
         if not (found := _select(db, "token = ? and status in ('starting', 'running')", token)): return None
@@ -261,8 +269,10 @@ def end_attempt(
 def resume(name: str, now: datetime) -> None:
     "Start a paused job again with its next slot; raises `UserError` where there is no such job."
     with _database() as db:
-        if not db.execute("update jobs set paused = null, failures = 0, since = ? where name = ?", (stamp(now), name)).rowcount:
-            raise UserError(f"job {name!r} is not known{nearest(name, [r[0] for r in db.execute('select name from jobs')])}")
+        if not db.execute("update jobs set paused = null, failures = 0, since = ? where name = ?",
+                          (stamp(now), name)).rowcount:
+            raise UserError(f"job {name!r} is not "
+                            f"known{nearest(name, [r[0] for r in db.execute('select name from jobs')])}")
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #427c52a6
 def _key(job: Job) -> str:
@@ -284,8 +294,10 @@ def recall(job: Job) -> dict:
 def expire(now: datetime) -> list[Slot]:
     "Let slots be due again whose lease has run out; returns those that are running, or say that they are."
     with _database() as db:
-        db.execute("update slots set status = 'due', token = null where status = 'starting' and lease not between ? and ?",
-                   (now.timestamp(), now.timestamp() + 2 * LEASE))     # one from the future was given by a clock that was wrong
+        db.execute("update slots set status = 'due', token = null where status = 'starting' and lease not between ? "
+                   "and ?",
+                   # one from the future was given by a clock that was wrong
+                   (now.timestamp(), now.timestamp() + 2 * LEASE))
         return _select(db, "status = 'running'")
 
 def kept() -> bool:
@@ -305,8 +317,10 @@ def history(limit: int = 50, **equal) -> list[Slot]:
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #fddea7de
 def forget(before: datetime, dry_run: bool = False) -> int:
-    "Delete the slots before a moment, save those that are open and the last one of each job, or only count them; returns how many."
-    old = f"slot < ? and status not in {OPEN} and slot < (select max(slot) from slots as later where later.job = slots.job)"
+    """Delete the slots before a moment, save those that are open and the last one of each job, or only count them;
+    returns how many."""
+    last = "(select max(slot) from slots as later where later.job = slots.job)"
+    old = f"slot < ? and status not in {OPEN} and slot < {last}"
     with _database() as db:
         if dry_run: return db.execute(f"select count(*) from slots where {old}", (stamp(before),)).fetchone()[0]
         return db.execute(f"delete from slots where {old}", (stamp(before),)).rowcount

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.parallel import batches
 from ..core.settings import Settings
+from ..core.sqlite import disk_errors, open_database, reason_of, transaction
 from ..data.items import SUFFIXES
 
 # %% auto #0
@@ -34,28 +35,29 @@ def image_files(paths: Iterable[Path]) -> Iterator[Path]:
 # %% ../../notebooks/library/serving/01_batch.ipynb #4924fbd0
 @contextmanager
 def _rows_so_far(out: Path) -> Iterator[sqlite3.Connection]:
-    "The rows for `out` that are known; gone when the work is done. Raises `UserError`, also for what goes wrong in its course."
+    """The rows for `out` that are known; gone when the work is done.
+
+    Raises `UserError`, also for what goes wrong in its course."""
     file = out.with_name(f".{out.name}.part")
-    try:
-        with closing(sqlite3.connect(file, timeout=0)) as db:
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+    def sentence(error) -> str:
+        if isinstance(error, OSError):
+            return f"{out}: cannot be written ({reason_of(error)}); what was computed is kept, run the same line again"
+        if not isinstance(error, sqlite3.OperationalError): return f"{file}: damaged ({error}); delete it"
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            return f"{out}: another process is writing it; wait for it, or name another file"
+        return f"{out}: cannot be written ({reason_of(error)}); name a file in a writable folder with room for it"
+    with disk_errors(sentence):
+        with closing(open_database(file, wait=0, exclusive=True)) as db:
             db.execute("CREATE TABLE IF NOT EXISTS rows(path TEXT PRIMARY KEY, stamp TEXT, model TEXT, row TEXT)")
             yield db
         file.unlink()
-    except sqlite3.OperationalError as error:
-        busy = error.sqlite_errorcode == sqlite3.SQLITE_BUSY
-        raise UserError(f"{out}: " + ("another process is writing it; wait for it, or name another file" if busy else
-                                      f"cannot be written ({error}); name a file in a writable folder with room for it")) from None
-    except sqlite3.DatabaseError as error: raise UserError(f"{file}: damaged ({error}); delete it") from None
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}); what was computed is kept, run the same line again") from None
 
 def _stamp(file: Path) -> str:
     try: found = file.stat()
     except OSError: return ""  # reading it will tell
     return f"{found.st_size} {found.st_mtime_ns}"
 
-def _text(path: Path) -> str:
+def _path_text(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()  # a file's name may be no valid text
 
 # %% ../../notebooks/library/serving/01_batch.ipynb #be054e25
@@ -82,16 +84,18 @@ def write_predictions(files: Sequence[Path], out: Path, recipe: str | None = Non
     if out.is_dir(): raise UserError(f"{out}: is a folder; name a file")
     predictor = Predictor(recipe, model, settings, follow=False)
     with _rows_so_far(out) as db:
-        with db: db.execute("DELETE FROM rows WHERE model != ? OR json_extract(row, '$.error') IS NOT NULL", [predictor.digest])
+        with transaction(db):
+            db.execute("DELETE FROM rows WHERE model != ? OR json_extract(row, '$.error') IS NOT NULL", [predictor.digest])
         known = dict(db.execute("SELECT path, stamp FROM rows"))
-        todo = [(f, stamp) for f in files if (stamp := _stamp(f)) != known.get(_text(f))]
+        todo = [(f, stamp) for f in files if (stamp := _stamp(f)) != known.get(_path_text(f))]
         on_rows(len(files) - len(todo))
         for batch in batches(zip(todo, predictor.predict(f for f, _ in todo), strict=True), BATCH):
-            with db: db.executemany("INSERT OR REPLACE INTO rows VALUES(?, ?, ?, ?)",
-                                    [(_text(f), stamp, predictor.digest, json.dumps(_flat(row))) for (f, stamp), row in batch])
+            with transaction(db):
+                db.executemany("INSERT OR REPLACE INTO rows VALUES(?, ?, ?, ?)",
+                               [(_path_text(f), stamp, predictor.digest, json.dumps(_flat(row))) for (f, stamp), row in batch])
             on_rows(len(batch))
-        def found(file): return json.loads(db.execute("SELECT row FROM rows WHERE path = ?", [_text(file)]).fetchone()[0])
-        _write_table(({"path": _text(f), **found(f)} for f in files), predictor.targets, out)
+        def found(file): return json.loads(db.execute("SELECT row FROM rows WHERE path = ?", [_path_text(file)]).fetchone()[0])
+        _write_table(({"path": _path_text(f), **found(f)} for f in files), predictor.targets, out)
         [unreadable] = db.execute("SELECT count(*) FROM rows WHERE json_extract(row, '$.error') IS NOT NULL").fetchone()
     return {"out": str(out), "model": predictor.version, "images": len(files), "unreadable": unreadable}
 

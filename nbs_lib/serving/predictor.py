@@ -15,13 +15,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.errors import UserError
 from ..core.parallel import batches, parallel
-from ..core.settings import Data, Settings, load_settings, use_recipe
-from ..data.images import BadImage, open_image, preprocess
+from ..core.settings import Data, Recipe, Settings, load_settings, use_recipe
+from ..data.images import BadImage, open_image
 from ..models.classifier import Classifier, load_model
-from ..tracking.tracker import open_tracker
+from ..models.features import run_batch
+from ..tracking.tracker import Tracker, open_tracker
 from ..tracking.versions import model_of
 
 # %% auto #0
@@ -32,25 +34,44 @@ def read_image(image: bytes | Path, limits: Data) -> bytes:
     "The bytes of an image or of its file; raises `BadImage` for what cannot be read, is no image, or is too large."
     if not isinstance(image, bytes):
         try:
-            if (size := image.stat().st_size) > limits.max_file_mb * 1e6: raise BadImage(f"{size / 1e6:.1f} MB, allowed are {limits.max_file_mb:g}")
+            megabytes = image.stat().st_size / 1e6
+            if megabytes > limits.max_file_mb:
+                raise BadImage(f"{megabytes:.1f} MB, allowed are {limits.max_file_mb:g}")
             image = image.read_bytes()
         except OSError as error: raise BadImage(f"cannot be read: {error.strerror or error}") from None
     open_image(image, limits.max_megapixels)
     return image
 
-# %% ../../notebooks/library/serving/00_predictor.ipynb #88d819a5
-POLL, RETRY, BATCH = 2.0, 60.0, 32     # seconds between two looks; seconds before a version that failed is tried again; images
+# %% ../../notebooks/library/serving/00_predictor.ipynb #44a599f2
+POLL = 2.0    # seconds between two looks at the alias
+RETRY = 60.0  # seconds before a version that failed is tried again
+BATCH = 32    # images
 
+def _load_version(tracker: Tracker, ref: str, recipe: Recipe, batch_sizes: Iterable[int] = ()) -> Classifier:
+    "The model version `ref`, tried out with batches of these sizes."
+    model = load_model(tracker.download(ref), recipe.device, recipe.engine, recipe.precision)
+    for size in batch_sizes: model.answers(np.zeros((1, 3, model.how.size, model.how.size), np.uint8), size)
+    return model
+
+# %% ../../notebooks/library/serving/00_predictor.ipynb #88d819a5
 class Predictor:
-    "A model version, or the one that an alias names now, ready to answer; threads may share it. Raises `UserError` where there is none."
-    def __init__(self, recipe: str | None = None, model: str = "production", settings: Settings | None = None, follow: bool = True):
+    "A model version, or the one that an alias names now, ready to answer; threads may share it."
+    def __init__(
+        self,
+        recipe: str | None = None,         # of settings.ini; None: the one under [project]
+        model: str = "production",         # version or alias of the recipe's model, or NAME:VERSION of another
+        settings: Settings | None = None,  # None: as settings.ini says
+        follow: bool = True,               # take up what the alias names later
+    ):
+        "Raises `UserError` where there is no such model."
         self._settings = settings or load_settings()
-        name, self._how = use_recipe(self._settings, recipe)
+        name, self._recipe = use_recipe(self._settings, recipe)
         self._ref, self._tracker = model if ":" in model else f"{model_of(name)}:{model}", open_tracker(self._settings)
         self._failed, self._refreshing = ("", 0.0), threading.Lock()
         version = self._tracker.resolve(self._ref)
-        if version is None: raise UserError(f"there is no model {self._ref}; `loopbook models` lists them, `loopbook loop` makes one")
-        self._serving = version, self._load(version.ref)
+        if version is None:
+            raise UserError(f"there is no model {self._ref}; `loopbook models` lists them, `loopbook loop` makes one")
+        self._serving = version, _load_version(self._tracker, version.ref, self._recipe)
         if follow and not re.fullmatch(r"v\d+", self._ref.partition(":")[2]): _follow(self)
 
     @property
@@ -62,43 +83,39 @@ class Predictor:
     @property
     def targets(self) -> dict[str, list[str]]: return self._serving[1].targets
 
-    def _load(self, ref: str, batch_sizes: Iterable[int] = ()) -> Classifier:
-        model = load_model(self._tracker.download(ref), self._how.device, self._how.engine, self._how.precision)
-        for size in batch_sizes: model.answers(np.zeros((1, 3, model.how.size, model.how.size), np.uint8), size)
-        return model
-
     def predict_one(self, data: bytes) -> dict:
-        "`{\"model\": ref, \"targets\": {target: {class: probability}}}` of an image file's bytes, likeliest class first; raises `BadImage`."
+        """`{"model": ref, "targets": {target: {class: probability}}}` of an image file's bytes, likeliest class first;
+        raises `BadImage`."""
         version, model = self._serving
-        pixels = preprocess(read_image(data, self._settings.data), model.how)
-        return {"model": version.ref, "targets": model.answers(pixels[None].numpy(), 1)[0]}
+        return {"model": version.ref, "targets": model.predict_one(read_image(data, self._settings.data))}
 
     def predict(self, images: Iterable[bytes | Path]) -> Iterator[dict]:
-        "The same of many images or files, in their order; `\"error\"` in place of `\"targets\"` says what is wrong with one. Reads some batches ahead."
+        """The same of many images or files, in their order; `"error"` in place of `"targets"` says what is wrong with
+        one. Reads some batches ahead."""
+        def read(image): return read_image(image, self._settings.data)
         def work(batch):
             version, model = self._serving
-            rows, pixels = [], []
-            for image in batch:
-                try: pixels.append(preprocess(read_image(image, self._settings.data), model.how).numpy())
-                except BadImage as error: rows.append({"model": version.ref, "error": str(error)})
-                else: rows.append({"model": version.ref})
-            answers = iter(model.answers(np.stack(pixels), BATCH) if pixels else ())
-            return [row if "error" in row else row | {"targets": next(answers)} for row in rows]
+            outputs = run_batch(batch, model.how, lambda pixels: model.answers(pixels, BATCH), read)
+            return [{"model": version.ref} | ({"error": str(o)} if isinstance(o, BadImage) else {"targets": o})
+                    for o in outputs]
         for rows in parallel(work, batches(images, BATCH), os.cpu_count() or 1): yield from rows
 
-    def refresh(self) -> None:
-        "Take up the version that the alias names now; called every two seconds by a thread of its own."
-        ref = self._ref
-        with self._refreshing:
-            try:
-                version = self._tracker.resolve(self._ref)
-                if version is None or version.ref == self.version: return
-                ref = version.ref
-                if self._failed[0] == ref and time.monotonic() < self._failed[1] + RETRY: return
-                self._serving = version, self._load(ref, list(self._serving[1].engines))
-            except Exception as error:  # a tracker out of reach, a damaged file, too little memory: whatever it is, answering goes on
-                self._failed = ref, time.monotonic()
-                warnings.warn(f"{ref} cannot be taken into use ({' '.join(str(error).split())}); {self.version} goes on answering", stacklevel=2)
+# %% ../../notebooks/library/serving/00_predictor.ipynb #332c7ce6
+@patch
+def refresh(self: Predictor) -> None:
+    "Take up the version that the alias names now; called every two seconds by a thread of its own."
+    ref = self._ref
+    with self._refreshing:
+        try:
+            version = self._tracker.resolve(self._ref)
+            if version is None or version.ref == self.version: return
+            ref = version.ref
+            if self._failed[0] == ref and time.monotonic() < self._failed[1] + RETRY: return
+            self._serving = version, _load_version(self._tracker, ref, self._recipe, list(self._serving[1].engines))
+        except Exception as error:  # a tracker out of reach, a damaged file, too little memory: answering goes on
+            self._failed = ref, time.monotonic()
+            warnings.warn(f"{ref} cannot be taken into use ({' '.join(str(error).split())}); "
+                          f"{self.version} goes on answering", stacklevel=2)
 
 # %% ../../notebooks/library/serving/00_predictor.ipynb #95c589df
 def _follow(predictor: Predictor) -> None:
@@ -106,7 +123,7 @@ def _follow(predictor: Predictor) -> None:
     def watch():
         while not over.wait(POLL):
             if (found := known()) is None: return
-            found.refresh()
+            found.refresh()  # type: ignore[attr-defined]
             del found
     def end(current=threading.current_thread):
         over.set()

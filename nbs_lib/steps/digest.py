@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..runs.results import Judged
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -16,17 +18,21 @@ __all__ = ['by_step', 'decisions', 'said']
 
 # %% ../../notebooks/71_digest.ipynb #ce6c713e
 def by_step(runs: Iterable) -> pd.DataFrame:
-    "One row a step of the run records: runs, completed, failed, cancelled, and the median seconds of the completed ones."
+    """One row a step of the run records: runs, completed, failed, cancelled, and the median seconds of the completed
+    ones."""
     import pandas as pd
-    rows = pd.DataFrame([{"step": r.step, "status": r.status, "seconds": r.seconds} for r in runs], columns=["step", "status", "seconds"])
-    table = pd.crosstab(rows["step"], rows["status"]).reindex(columns=["completed", "failed", "cancelled"], fill_value=0)
+    rows = pd.DataFrame([{"step": r.step, "status": r.status, "seconds": r.seconds} for r in runs],
+                        columns=["step", "status", "seconds"])
+    table = pd.crosstab(rows["step"], rows["status"]).reindex(columns=["completed", "failed", "cancelled"],
+                                                              fill_value=0)
     table.insert(0, "runs", rows.groupby("step").size())
-    return table.assign(seconds=rows[rows["status"] == "completed"].groupby("step")["seconds"].median()).sort_values("runs", ascending=False)
+    table["seconds"] = rows[rows["status"] == "completed"].groupby("step")["seconds"].median()
+    return table.sort_values("runs", ascending=False)
 
 def decisions(runs: Iterable) -> list[dict]:
     "What the gate said, newest first: when, which model, promote or keep, and why."
     return [{"when": r.started_at[:16].replace("T", " "), "model": next((i for i in r.inputs if "-model:" in i), None),
-             "decision": r.summary["decision"], "reasons": "; ".join(r.summary.get("reasons") or [])} for r in runs if r.summary.get("decision")]
+             "decision": judged.decision, "reasons": judged.why} for r in runs if (judged := Judged.read(r.summary))]
 
 # %% ../../notebooks/71_digest.ipynb #30eaa043
 def said(history: pd.DataFrame) -> pd.DataFrame:

@@ -10,13 +10,13 @@ from ..data.dataset import Dataset
 from ..data.sources import open_source, public, source_signature
 from ..data.versions import add_version, choose_source
 from ..data.write import write_version
-from ..tracking.tracker import Run, Tracker, open_tracker
+from ..tracking.tracker import TrackedRun, Tracker, open_tracker
 
 # %% auto #0
 __all__ = ['update_dataset']
 
 # %% ../../notebooks/10_download.ipynb #a87bb480
-def update_dataset(name: str, recipe: Recipe, source: str | None, settings: Settings, tracker: Tracker, run: Run) -> tuple[Dataset, bool]:
+def update_dataset(name: str, recipe: Recipe, source: str | None, settings: Settings, tracker: Tracker, run: TrackedRun) -> tuple[Dataset, bool]:
     "Read the source and log what is new in it as the next version of `NAME-dataset`; returns the newest version, and whether it is new."
     def write(folder, parent):
         spec = choose_source(source, recipe, parent)

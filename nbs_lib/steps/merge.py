@@ -15,13 +15,14 @@ from ..data.versions import add_version
 from ..data.views import plot_pictures
 from ..feedback.merge import Answer, growth, outcomes, plot_growth, weigh, write_merged
 from ..feedback.store import Store
-from ..tracking.tracker import Run, Tracker, open_tracker
+from ..runs.results import Merged, ReasonCount
+from ..tracking.tracker import TrackedRun, Tracker, open_tracker
 
 # %% auto #0
 __all__ = ['merge']
 
 # %% ../../notebooks/52_merge.ipynb #0b569004
-def merge(name: str, settings: Settings, tracker: Tracker, run: Run, force: bool = False) -> tuple[Dataset, bool, list[Answer]]:
+def merge(name: str, settings: Settings, tracker: Tracker, run: TrackedRun, force: bool = False) -> tuple[Dataset, bool, list[Answer]]:
     "Log what people said as the next version of `NAME-dataset`; returns the newest version, whether it is new, and what came of each answer. Raises `UserError`."
     store, answers = Store(name, settings), []
     def write(folder: Path, parent: Dataset | None) -> Dataset:

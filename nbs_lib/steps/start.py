@@ -17,6 +17,7 @@ from ..core.settings import Settings
 from ..runs import records
 from ..runs.execute import find_notebook
 from ..runs.records import Run
+from ..runs.results import Judged
 from ..tracking.tracker import Tracker, open_tracker
 from ..tracking.versions import Version, dataset_of, model_of
 
@@ -53,11 +54,13 @@ class RecipeState:
 
 # %% ../../notebooks/00_start.ipynb #041b643e
 def _feedback(recipe: str, settings: Settings, runs: Iterable[Run]) -> tuple[dict, int]:
-    "The numbers of the recipe's feedback store, and how many agreed answers no merge has seen; nothing where there is no store."
+    """The numbers of the recipe's feedback store, and how many agreed answers no merge has seen; nothing where there
+    is no store."""
     if not (settings.home / "data" / "feedback" / recipe / "feedback.sqlite").exists(): return {}, 0
     from nbs_lib.feedback.store import Store
     store, recipes = Store(recipe, settings), {recipe} | ({None} if recipe == settings.project.recipe else set())
-    merges = (r for r in runs if r.step == "merge" and r.status == "completed" and r.parameters.get("recipe") in recipes)
+    merges = (r for r in runs if r.step == "merge" and r.status == "completed"
+              and r.parameters.get("recipe") in recipes)
     last = next((r.started_at for r in merges), "")
     answers = store.standing()
     return store.stats(), int(((answers["status"] == "agreed") & (answers["said_at"] > last)).sum())
@@ -77,7 +80,8 @@ def read_state(
 # %% ../../notebooks/00_start.ipynb #4dcd71ad
 @dataclass(frozen=True)
 class Todo:
-    "Something to do: why, the command that does it, and the step whose notebook does the same; the smallest `rank` comes first."
+    """Something to do: why, the command that does it, and the step whose notebook does the same; the smallest `rank`
+    comes first."""
     rank: int
     why: str
     command: str
@@ -87,23 +91,29 @@ def todo_of(state: RecipeState) -> Todo:
     "What the recipe wants next."
     name, option = state.recipe, f"--recipe {state.recipe}"
     if not state.datasets:
-        return Todo(1, f"{name} has no data yet: fetch its images, train a first model and judge it", f"make loop RECIPE={name}", "download")
+        return Todo(1, f"{name} has no data yet: fetch its images, train a first model and judge it",
+                    f"make loop RECIPE={name}", "download")
     newest, candidate = state.datasets[0], state.candidate
     if not (state.production or candidate):
         return Todo(2, f"{name} has data, but no model yet: train one", f"loopbook run train -p recipe {name}", "train")
     if state.trained_on and newest.ref not in state.trained_on:
-        return Todo(2, f"no model has learned from {newest.ref} yet: train one", f"loopbook run train -p recipe {name}", "train")
+        return Todo(2, f"no model has learned from {newest.ref} yet: train one", f"loopbook run train -p recipe {name}",
+                    "train")
     if candidate and "decision" not in candidate.metadata:
         return Todo(3, f"{candidate.ref} was not judged yet", f"loopbook run evaluate -p recipe {name}", "evaluate")
     if waits := [f"{n:,} {what}" for what in ("waiting", "disputed", "suspects") if (n := state.feedback.get(what))]:
         return Todo(4, f"images of {name} want a label: {', '.join(waits)}", f"loopbook label {option}", "feedback")
     if state.unmerged:
-        return Todo(5, f"{state.unmerged:,} answers for {name} are in no dataset yet: merge them", f"loopbook loop {option}", "merge")
+        return Todo(5, f"{state.unmerged:,} answers for {name} are in no dataset yet: merge them",
+                    f"loopbook loop {option}", "merge")
     if experts := state.feedback.get("unknown"):
-        return Todo(6, f"{experts:,} images of {name} wait for somebody who knows them", f"loopbook label {option}", "feedback")
+        return Todo(6, f"{experts:,} images of {name} wait for somebody who knows them", f"loopbook label {option}",
+                    "feedback")
     if not state.production:
-        return Todo(7, f"the gate has kept {name}'s model back: look why, then add photos or mend labels", f"loopbook loop {option}", "evaluate")
-    return Todo(8, f"{name} is up to date: see what it says of photos, or add some", f"loopbook predict FOLDER {option}", "predict")
+        return Todo(7, f"the gate has kept {name}'s model back: look why, then add photos or mend labels",
+                    f"loopbook loop {option}", "evaluate")
+    return Todo(8, f"{name} is up to date: see what it says of photos, or add some",
+                f"loopbook predict FOLDER {option}", "predict")
 
 # %% ../../notebooks/00_start.ipynb #fb9fd8dc
 def failures(runs: Iterable[Run], recipe: str | None = None) -> list[Run]:
@@ -122,7 +132,8 @@ def next_todo(
     if failed:
         return Todo(0, f"{failed[0].step} failed: {failed[0].error}", f"loopbook logs {failed[0].id}", failed[0].step)
     for job in jobs:
-        if job["problem"]: return Todo(0, f"the job {job['job']} cannot run: {job['problem']}", "loopbook schedule --list", "schedule")
+        if job["problem"]:
+            return Todo(0, f"the job {job['job']} cannot run: {job['problem']}", "loopbook schedule --list", "schedule")
         if job["paused"]:
             mend = f"loopbook schedule --resume {job['job']}"
             return Todo(0, f"the job {job['job']} is paused, it {job['paused']}: mend it, then", mend, "schedule")
@@ -137,32 +148,39 @@ def step_link(step: str) -> str:
 
 def html_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     "A table of cells that are HTML already."
-    def line(cells, tag): return "<tr>" + "".join(f'<{tag} style="text-align: left; vertical-align: top">{c}</{tag}>' for c in cells) + "</tr>"
-    return f"<table><thead>{line(columns, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+    style = "text-align: left; vertical-align: top"
+    def line(cells, tag): return "<tr>" + "".join(f'<{tag} style="{style}">{c}</{tag}>' for c in cells) + "</tr>"
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
 def growth_bars(versions: Sequence[Version], most: int = 30) -> str:
     "The rows of the newest versions as bars, the oldest first; `versions`: newest first."
     rows = [(v.version, v.metadata.get("rows") or 0) for v in reversed(versions[:most])]
     highest = max((n for _, n in rows), default=0) or 1
-    def bar(i, name, n): return f'<rect x="{10 * i}" y="{32 - 30 * n / highest:.1f}" width="8" height="{30 * n / highest:.1f}"><title>{name}: {n:,}</title></rect>'
-    said = html.escape("; ".join(f"{name}: {n:,} images" for name, n in rows))
-    return f'<svg role="img" aria-label="{said}" width="{10 * len(rows)}" height="32" fill="#2f9e6e">{"".join(bar(i, *row) for i, row in enumerate(rows))}</svg>'
+    def bar(i, name, n):
+        high = 30 * n / highest
+        return f'<rect x="{10 * i}" y="{32 - high:.1f}" width="8" height="{high:.1f}"><title>{name}: {n:,}</title></rect>'
+    label = html.escape("; ".join(f"{name}: {n:,} images" for name, n in rows))
+    bars = "".join(bar(i, *row) for i, row in enumerate(rows))
+    return f'<svg role="img" aria-label="{label}" width="{10 * len(rows)}" height="32" fill="#2f9e6e">{bars}</svg>'
 
 # %% ../../notebooks/00_start.ipynb #ed121bcb
 def recipe_row(state: RecipeState, source: str) -> list[str]:
     "Recipe, where its images come from, dataset, how it grew, model in production, its accuracy."
     newest, model = next(iter(state.datasets), None), state.production
-    grew = f"{len(state.datasets)} version{'s' * (len(state.datasets) > 1)}, {newest.metadata.get('rows') or 0:,} images" if newest else ""
+    count, rows = len(state.datasets), (newest.metadata.get("rows") or 0) if newest else 0
+    grew = f"{growth_bars(state.datasets)}<br>{count} version{'s' * (count > 1)}, {rows:,} images" if newest else ""
     accuracy = (model and model.metadata.get("accuracy")) or {}
-    return [f"<b>{html.escape(state.recipe)}</b>", f"<code>{html.escape(source)}</code>", newest.ref if newest else "none yet",
-            f"{growth_bars(state.datasets)}<br>{grew}" if newest else "", model.ref if model else "none yet",
+    return [f"<b>{html.escape(state.recipe)}</b>", f"<code>{html.escape(source)}</code>",
+            newest.ref if newest else "none yet", grew, model.ref if model else "none yet",
             "<br>".join(html.escape(f"{target} {value:.1%}") for target, value in accuracy.items())]
 
 def run_row(run: Run) -> list[str]:
     "When, which step and recipe, how it ended, what came of it, and links to its report and notebook."
     page, at = Path(run.folder) / run.step, "#failed" if run.status == "failed" else ""
-    came = run.error or run.summary.get("decision") or ", ".join(run.outputs)
+    came = run.error or Judged.read(run.summary) or ", ".join(run.outputs)
     pages = [link("report", page.with_suffix(".html"), at)] if page.with_suffix(".html").exists() else []
     pages += [link("notebook", page.with_suffix(".ipynb"))] if page.with_suffix(".ipynb").exists() else []
-    cells = (run.started_at or "")[:16].replace("T", " "), run.step, run.parameters.get("recipe") or "", run.status, came
+    began = (run.started_at or "")[:16].replace("T", " ")
+    cells = began, run.step, run.parameters.get("recipe") or "", run.status, came
     return [*(html.escape(str(c)) for c in cells), " ".join(pages)]

@@ -18,7 +18,7 @@ from ..core.files import home
 from ..core.settings import Recipe, load_settings, use_recipe
 from ..data.dataset import Dataset, class_numbers
 from ..data.images import Preprocessing
-from ..data.views import plain
+from ..data.views import plot_text
 from ..models.backbone import create_backbone, preprocessing_of
 from ..models.classifier import Classifier, Network, fit_temperature, predict_dataset, save_model, softmax
 from ..models.engine import Plan, choose

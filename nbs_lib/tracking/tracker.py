@@ -9,42 +9,42 @@ import atexit
 import io
 import json
 import os
-import re
 import secrets
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from ..core.errors import UserError
+from fastcore.basics import patch
+
+from ..core.errors import UserError, without_password
 from ..core.files import copy_folder, files_in, whole_folder, write_atomic
 from ..core.settings import Settings, load_settings
 from .versions import Version, check_alias, check_name, split_ref
 
 # %% auto #0
-__all__ = ['plain', 'is_image', 'Run', 'Tracker', 'open_tracker']
+__all__ = ['json_ready', 'TrackedRun', 'is_image', 'ReadOnlyTracker', 'Tracker', 'open_tracker']
 
-# %% ../../notebooks/library/tracking/03_tracker.ipynb #a4ab92a6
-def plain(value):
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #206075c9
+def json_ready(value: Any) -> Any:
     "The same of dicts, lists, numbers and texts only; without passwords in addresses."
-    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
+    if isinstance(value, dict): return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)): return [json_ready(v) for v in value]
     if hasattr(value, "tolist"): return value.tolist()  # of NumPy or torch
     if value is None or isinstance(value, (bool, int, float)): return value
-    return re.sub(r"(?<=://)[^/@\s]+@", "", str(value))
+    return without_password(str(value))
 
-def is_image(cell) -> bool:
-    from PIL.Image import Image
-    return isinstance(cell, Image)
-
-# %% ../../notebooks/library/tracking/03_tracker.ipynb #441489f7
-class Run:
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #f10e4273
+class TrackedRun:
     "One execution of a step; made by `Tracker.start`. `url` is None where no server is involved."
 
     def __init__(self, tracker: Tracker, backend_run):
         self._tracker, self._run = tracker, backend_run
         self.id = self.name = backend_run.id
         self.url, self.status = backend_run.url, "running"
-        self._inputs, self._outputs, self._summary = [], [], {}
+        self._inputs: list[str] = []
+        self._outputs: list[str] = []
+        self._summary: dict = {}
         self._write_result()
         atexit.register(self.finish, "failed")
 
@@ -52,75 +52,99 @@ class Run:
         if not (folder := os.environ.get("LOOPBOOK_RUN_DIR")): return
         run = {"id": self.id, "name": self.name, "url": self.url, "backend": self._tracker.backend}
         write_atomic(Path(folder) / "result.json", json.dumps(
-            {"run": run, "inputs": self._inputs, "outputs": self._outputs, "summary": self._summary, "status": self.status}, indent=1))
-
-    def log(self, metrics: dict, step: int | None = None) -> None:
-        "Numbers by name, at a step of one's own counting."
-        self._run.log(plain(metrics), step)
-
-    def summary(self, values: dict) -> None:
-        "What came out in the end: numbers, texts or nested dicts; may be called several times."
-        values = plain(values)
-        self._summary |= values
-        self._run.summary(values)
-        self._write_result()
-
-    def figure(self, key: str, figure) -> None:
-        "A matplotlib figure, as a picture."
-        from PIL import Image
-        png = io.BytesIO()
-        figure.savefig(png, format="png", bbox_inches="tight")
-        self._run.image(key, Image.open(png))
-
-    def table(self, key: str, columns: list[str], rows: list[list]) -> None:
-        "A table; cells are numbers, texts or PIL images."
-        self._run.table(key, list(columns), [[c if is_image(c) else plain(c) for c in row] for row in rows], is_image)
-
-    def use(self, ref: str) -> Version:
-        "Record that this run reads the version; raises `UserError` where there is none."
-        version = self._tracker.get(ref)
-        self._run.use(version.ref)
-        if version.ref not in self._inputs: self._inputs.append(version.ref)
-        self._write_result()
-        return version
-
-    def log_artifact(self, name: str, type: str, folder: Path, metadata: dict | None = None, aliases: tuple[str, ...] = ()) -> Version:
-        "Log the files of `folder`; content that is known already returns its version, otherwise a new one becomes `latest`."
-        check_name(name), check_name(type, "type")
-        for alias in aliases: check_alias(alias)
-        known = self._tracker.resolve(name)
-        if known and known.type != type: raise UserError(f"{name!r} holds artifacts of type {known.type!r}, not {type!r}; choose another name")
-        version = self._run.log_artifact(name, type, files_in(folder), plain(metadata or {}), tuple(aliases))
-        if version.ref not in self._outputs: self._outputs.append(version.ref)
-        self._write_result()
-        return version
+            {"run": run, "inputs": self._inputs, "outputs": self._outputs, "summary": self._summary,
+             "status": self.status}, indent=1))
 
     def finish(self, status: str = "completed") -> None:
         "Close the run as `completed` or `failed`; what was logged is safe when this returns. Later calls do nothing."
-        if status not in ("completed", "failed"): raise ValueError(f"status {status!r} is neither 'completed' nor 'failed'")
+        if status not in ("completed", "failed"):
+            raise ValueError(f"status {status!r} is neither 'completed' nor 'failed'")
         if self.status != "running": return
         atexit.unregister(self.finish)
         self._run.finish(status)
         self.status = status
         self._write_result()
 
-    def __enter__(self) -> Run: return self
+    def __enter__(self) -> TrackedRun: return self
 
     def __exit__(self, kind, *_) -> None: self.finish("failed" if kind else "completed")
 
-# %% ../../notebooks/library/tracking/03_tracker.ipynb #2e01264b
-class Tracker:
-    "Runs and artifacts of the project; made by `open_tracker`."
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #209a8818
+@patch
+def log(self: TrackedRun, metrics: dict, step: int | None = None) -> None:
+    "Numbers by name, at a step of one's own counting."
+    self._run.log(json_ready(metrics), step)
+
+@patch
+def summary(self: TrackedRun, values: dict) -> None:
+    "What came out in the end: numbers, texts or nested dicts; may be called several times."
+    values = json_ready(values)
+    self._summary |= values
+    self._run.summary(values)
+    self._write_result()
+
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #8c19d55b
+def is_image(cell: Any) -> bool:
+    "Whether a table's cell is a PIL image."
+    from PIL.Image import Image
+    return isinstance(cell, Image)
+
+@patch
+def figure(self: TrackedRun, key: str, figure) -> None:
+    "A matplotlib figure, as a picture."
+    from PIL import Image
+    png = io.BytesIO()
+    figure.savefig(png, format="png", bbox_inches="tight")
+    self._run.image(key, Image.open(png))
+
+@patch
+def table(
+    self: TrackedRun,
+    key: str,            # its name in the dashboard
+    columns: list[str],  # their titles
+    rows: list[list],    # the cells: numbers, texts or PIL images
+) -> None:
+    "A table in the dashboard."
+    cells = [[c if is_image(c) else json_ready(c) for c in row] for row in rows]
+    self._run.table(key, list(columns), cells, is_image)
+
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #a016465c
+@patch
+def use(self: TrackedRun, ref: str) -> Version:
+    "Record that this run reads the version; raises `UserError` where there is none."
+    version = self._tracker.get(ref)
+    self._run.use(version.ref)
+    if version.ref not in self._inputs: self._inputs.append(version.ref)
+    self._write_result()
+    return version
+
+@patch
+def log_artifact(
+    self: TrackedRun,
+    name: str,                      # of the artifact
+    type: str,                      # `dataset`, `model` or another; one for all versions of a name
+    folder: Path,                   # what is in it is the version
+    metadata: dict | None = None,   # kept with the version
+    aliases: tuple[str, ...] = (),  # that it bears from the start
+) -> Version:                       # a new one, which becomes `latest`, or the one that has this content already
+    "Log the files of `folder` as a version; raises `UserError`."
+    check_name(name)
+    check_name(type, "type")
+    for alias in aliases: check_alias(alias)
+    known = self._tracker.resolve(name)
+    if known and known.type != type:
+        raise UserError(f"{name!r} holds artifacts of type {known.type!r}, not {type!r}; choose another name")
+    version = self._run.log_artifact(name, type, files_in(folder), json_ready(metadata or {}), tuple(aliases))
+    if version.ref not in self._outputs: self._outputs.append(version.ref)
+    self._write_result()
+    return version
+
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #809dabaf
+class ReadOnlyTracker:
+    "What there is in the project: versions, their files and where they come from."
 
     def __init__(self, settings: Settings, backend):
         self.settings, self._backend, self.backend = settings, backend, backend.name
-
-    def start(self, name: str, job_type: str, group: str | None = None, config: dict | None = None) -> Run:
-        "Open a run of the step `name`; the default of `group` is `$LOOPBOOK_GROUP`."
-        when = os.environ.get("LOOPBOOK_RUN_ID") or f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
-        id = check_name(f"{name}-{when}-{secrets.token_hex(2)}", "run")
-        config = plain(config or {}) | {"step": name, "job_type": job_type}
-        return Run(self, self._backend.start(id, group or os.environ.get("LOOPBOOK_GROUP") or None, config))
 
     def resolve(self, ref: str) -> Version | None:
         "The version that `name`, `name:v3` or `name:alias` means now; None where there is none."
@@ -142,19 +166,6 @@ class Tracker:
         "The names of all artifacts of the type, sorted."
         return self._backend.artifacts(type)
 
-    def set_alias(self, ref: str, alias: str) -> Version:
-        "Move `alias` to the version in one step: at no moment do two versions bear it, or none; raises `UserError`."
-        check_alias(alias)
-        version = self.get(ref)
-        self._backend.set_alias(version.name, version.version, alias)
-        return self.get(version.ref)
-
-    def annotate(self, ref: str, metadata: dict) -> Version:
-        "Add `metadata` to what the tracker says of the version (wandb-offline: the local store only); its files stay as they are. Raises `UserError`."
-        version = self.get(ref)
-        self._backend.annotate(version.name, version.version, version.metadata | plain(metadata))
-        return self.get(version.ref)
-
     def download(self, ref: str, folder: Path | None = None) -> Path:
         "The version's files, in `data/artifacts/NAME/VERSION` (read only) or copied to `folder`: whole or not at all."
         version = self.get(ref)
@@ -163,24 +174,40 @@ class Tracker:
         return copy_folder(cached, folder) if folder else cached
 
     def lineage(self, ref: str) -> dict:
-        "`produced_by`: the run's id or None; `inputs`: refs that this run used; `used_by`: ids of runs that used the version."
+        "`produced_by`: the run's id or None; `inputs`: the versions that it used; `used_by`: ids of runs that used it."
         return self._backend.lineage(self.get(ref).ref)
 
-    def attach(self, run_id: str, files: list[Path], status: str) -> Version | None:
-        "Add files to a run whose process has ended, as artifact `STEP-notebook`, and close it with `status`; only warns on errors."
-        try:
-            run = self._backend.resume(run_id)
-            try: return run.log_artifact(f"{run.config['step']}-notebook", "notebook", {Path(f).name: Path(f) for f in files}, {"run": run_id}, ())
-            finally: run.finish(status)
-        except Exception as error:
-            warnings.warn(f"the notebook could not be attached to run {run_id}: {error}", stacklevel=2)
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #2e01264b
+class Tracker(ReadOnlyTracker):
+    "Runs and artifacts of the project; made by `open_tracker`."
 
-    def alert(self, title: str, text: str, level: str = "info", run_id: str | None = None) -> None:
-        "Send an alert, `info` or `error`, from the run that it is about, which has ended, or from a run of its own; raises `UserError`."
-        id = f"alert-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
-        run = self._backend.resume(run_id) if run_id else self._backend.start(id, None, {"step": "alert", "job_type": "alert"})
-        try: run.alert(title, text, level)
-        finally: run.finish("failed" if level == "error" else "completed")
+    def start(
+        self,
+        name: str,                    # of the step; the run's id begins with it
+        job_type: str,                # what kind of step it is, for the dashboard
+        group: str | None = None,     # runs that belong together; default `$LOOPBOOK_GROUP`
+        config: dict | None = None,   # what the run was told to do
+    ) -> TrackedRun:
+        "Open a run."
+        when = os.environ.get("LOOPBOOK_RUN_ID") or f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        id = check_name(f"{name}-{when}-{secrets.token_hex(2)}", "run")
+        config = json_ready(config or {}) | {"step": name, "job_type": job_type}
+        return TrackedRun(self, self._backend.start(id, group or os.environ.get("LOOPBOOK_GROUP") or None, config))
+
+    def set_alias(self, ref: str, alias: str) -> Version:
+        "Move `alias` to the version in one step: at no moment do two versions bear it, or none; raises `UserError`."
+        check_alias(alias)
+        version = self.get(ref)
+        self._backend.set_alias(version.name, version.version, alias)
+        return self.get(version.ref)
+
+    def annotate(self, ref: str, metadata: dict) -> Version:
+        """Add `metadata` to what the tracker says of the version; its files stay as they are. Raises `UserError`.
+
+        wandb-offline: in the local store only."""
+        version = self.get(ref)
+        self._backend.annotate(version.name, version.version, version.metadata | json_ready(metadata))
+        return self.get(version.ref)
 
     @property
     def deletes(self) -> bool: return self._backend.deletes
@@ -188,13 +215,48 @@ class Tracker:
     def delete(self, ref: str) -> None:
         "Delete a version that bears no alias; raises `UserError`, also where the backend cannot (`deletes` is False)."
         version = self.get(ref)
-        if version.aliases: raise UserError(f"{version.ref} is {', '.join(version.aliases)}, and stays; move the alias first")
+        if version.aliases:
+            raise UserError(f"{version.ref} is {', '.join(version.aliases)}, and stays; move the alias first")
         if not self.deletes: raise UserError(f"{self.backend} cannot delete versions; {version.ref} stays")
         self._backend.delete(version.name, version.version)
 
     def open_dashboard(self) -> str:
         "W&B: the project's address. Trackio: serve the dashboard on the loopback interface until interrupted."
         return self._backend.open_dashboard()
+
+# %% ../../notebooks/library/tracking/03_tracker.ipynb #0608e063
+@patch
+def attach(
+    self: Tracker,
+    run_id: str,        # of a run whose process has ended
+    files: list[Path],  # to be added to it, as artifact `STEP-notebook`
+    status: str,        # `completed` or `failed`: what it is closed with
+) -> Version | None:    # None where it went wrong
+    "Add files to a run; only warns on errors."
+    try:
+        run = self._backend.resume(run_id)
+        try:
+            name = f"{run.config['step']}-notebook"
+            return run.log_artifact(name, "notebook", {Path(f).name: Path(f) for f in files}, {"run": run_id}, ())
+        finally: run.finish(status)
+    except Exception as error:
+        warnings.warn(f"the notebook could not be attached to run {run_id}: {error}", stacklevel=2)
+        return None
+
+@patch
+def alert(
+    self: Tracker,
+    title: str,
+    text: str,
+    level: str = "info",         # `info` or `error`
+    run_id: str | None = None,   # the run that it is about, which has ended; default: a run of its own
+) -> None:
+    "Send an alert; raises `UserError`."
+    id = f"alert-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+    run = (self._backend.resume(run_id) if run_id
+           else self._backend.start(id, None, {"step": "alert", "job_type": "alert"}))
+    try: run.alert(title, text, level)
+    finally: run.finish("failed" if level == "error" else "completed")
 
 # %% ../../notebooks/library/tracking/03_tracker.ipynb #58d7e5cc
 def open_tracker(settings: Settings | None = None) -> Tracker:
@@ -204,5 +266,6 @@ def open_tracker(settings: Settings | None = None) -> Tracker:
     settings = settings or load_settings()
     backend = settings.tracking.backend
     if backend == "auto": backend = "wandb" if wandb_store.has_key() else "trackio"
-    kinds = {"wandb": wandb_store.WandbBackend, "wandb-offline": wandb_store.OfflineBackend, "trackio": trackio_store.TrackioBackend}
+    kinds = {"wandb": wandb_store.WandbBackend, "wandb-offline": wandb_store.OfflineBackend,
+             "trackio": trackio_store.TrackioBackend}
     return Tracker(settings, kinds[backend](settings))

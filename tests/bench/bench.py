@@ -123,15 +123,15 @@ def bench_embed() -> None:
     from nbs_lib.models.backbone import create_backbone, preprocessing_of
     from nbs_lib.models.classifier import Body
     from nbs_lib.models.engine import Engine, choose
-    from nbs_lib.models.features import run_network
-    files = [(str(i), item.data) for i, item in enumerate(read_items(DATA / "cats_dogs.zip")) if item.data]
+    from nbs_lib.models.features import run_images
+    files = [item.data for item in read_items(DATA / "cats_dogs.zip") if item.data]
     for name in ("tf_efficientnet_lite1", "tf_efficientnet_lite0"):
         backbone = create_backbone(name)
         how = preprocessing_of(backbone)
         engine = Engine(Body(backbone, how), how.size, choose(), 64)
         engine(torch.zeros(1, 3, how.size, how.size, dtype=torch.uint8).numpy())
         start = time.perf_counter()
-        done = sum(len(ids) for ids, _ in run_network(engine, how, files))
+        done = sum(len(batch) for batch, _ in run_images(files, how, engine, 64))
         ours = done / (time.perf_counter() - start)
         resize = transforms.Compose([transforms.Resize(round(how.size / how.crop), transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(how.size),
                                      transforms.ToTensor(), transforms.Normalize(how.mean, how.std)])

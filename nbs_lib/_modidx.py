@@ -1194,7 +1194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'nbs_lib/serving/predictor.py')},
             'nbs_lib.steps.digest': { 'nbs_lib.steps.digest.by_step': ('digest.html#by_step', 'nbs_lib/steps/digest.py'),
                                       'nbs_lib.steps.digest.decisions': ('digest.html#decisions', 'nbs_lib/steps/digest.py'),
-                                      'nbs_lib.steps.digest.said': ('digest.html#said', 'nbs_lib/steps/digest.py')},
+                                      'nbs_lib.steps.digest.words_by_user': ('digest.html#words_by_user', 'nbs_lib/steps/digest.py')},
             'nbs_lib.steps.download': { 'nbs_lib.steps.download.update_dataset': ( 'download.html#update_dataset',
                                                                                    'nbs_lib/steps/download.py')},
             'nbs_lib.steps.feedback': { 'nbs_lib.steps.feedback.latest': ('feedback.html#latest', 'nbs_lib/steps/feedback.py'),

@@ -1,4 +1,4 @@
-"""Jobs: what a file may say, how its mistakes are told, and when it is due, across days that are 23 or 25 hours long."""
+"""Jobs: what a file may say, how its mistakes are told, and when it is due, on days of 23 and of 25 hours too."""
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -93,7 +93,8 @@ def test_yamls_own_ideas_of_on_and_of_times_do_no_harm(read):
 ])
 def test_a_mistake_is_told_with_file_line_and_key(read, home, text, told):
     with pytest.raises(UserError) as error: read(text)
-    assert str(home / "scheduled" / "nightly.yaml") in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    assert str(home / "scheduled" / "nightly.yaml") in str(error.value) and told in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_names_and_bytes_that_are_no_job(read, home):
@@ -123,12 +124,13 @@ def test_the_jobs_that_ship(home):
 
 
 @pytest.mark.parametrize("name, step", [
-    ("feedback", "feedback"), ("digest", "digest"), ("retention", "retention"), ("label_errors", "label_errors"), ("merge", "merge"),
-    ("download", "download"), ("schedule", "schedule"), ("33_train", "train"), ("33_train.ipynb", "train"), ("60_digest.ipynb", "digest")])
+    *((name, name) for name in ("feedback", "digest", "retention", "label_errors", "merge", "download", "schedule")),
+    ("33_train", "train"), ("33_train.ipynb", "train"), ("60_digest.ipynb", "digest")])
 def test_steps_by_their_names_and_by_file_names_that_they_once_had(read, home, name, step):
     job = read(f"notebook: {name}\ndaily: 05:30\n")
     file = locate(job.notebook, load_settings())
-    assert job.notebook == name and step_name(file) == step and file.parent == ROOT / "notebooks" and file == find_notebook(name)
+    assert job.notebook == name and step_name(file) == step and file.parent == ROOT / "notebooks"
+    assert file == find_notebook(name)
     assert job.writes == (step in ("download", "merge", "train"))
 
 
@@ -162,11 +164,11 @@ def test_slots_are_the_same_from_all_sides(when, start):
     step = timedelta(minutes=1 if "every" not in when else 7)
     seen, at = [], first
     while (at := next_slot(some, at)) < first + timedelta(days=4): seen.append(at)
-    assert seen == sorted(set(seen)) and count_slots(some, first, first + timedelta(days=4)) in (len(seen),
-                                                                                                 len(seen) + 1)
+    assert seen == sorted(set(seen))
+    assert count_slots(some, first, first + timedelta(days=4)) in (len(seen), len(seen) + 1)
     for slot in seen:
-        assert last_slot(some, slot) == slot and last_slot(some, slot + minute) == slot and next_slot(some,
-                                                                                                      slot - timedelta(seconds=1)) == slot
+        assert last_slot(some, slot) == slot and last_slot(some, slot + minute) == slot
+        assert next_slot(some, slot - timedelta(seconds=1)) == slot
         assert slot not in (last_slot(some, slot - timedelta(seconds=1)), next_slot(some, slot))
     at = first
     while at < first + timedelta(days=3):

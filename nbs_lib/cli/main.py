@@ -11,7 +11,7 @@ import sys
 import typer
 
 # importing them is what adds their commands, in this order
-from . import runs, models, feedback, schedule
+from . import runs, models, feedback, schedule  # noqa: F401
 from .terminal import app
 
 # %% auto #0

@@ -48,7 +48,7 @@ def test_a_step_waits_for_who_is_writing_and_another_notebook_does_not(home, not
         with subprocess.Popen([*LOOPBOOK, "run", notebook.rename(step)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as waiting:
             assert "the loop of somebody" in (said := waiting.stderr.readline())
-            assert said.endswith("is writing here; ""waiting\n")
+            assert said.endswith("is writing here; waiting\n")
             assert waiting.poll() is None and len(json.loads(loopbook("runs", "--json").stdout)) == 1
             holder.stdin.close()
             waiting.communicate(timeout=60)

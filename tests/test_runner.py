@@ -226,7 +226,8 @@ def test_a_damaged_schedule_is_told_and_a_new_one_begins_when_it_is_moved_away(h
     for name in here.glob("outputs/schedule.sqlite*"): name.unlink()
     file.write_bytes(b"no database" * 1000)
     clock.shift(300)
-    with pytest.raises(UserError, match="schedule.sqlite: the schedule cannot be kept there .*move a damaged file away"):
+    said = "schedule.sqlite: the schedule cannot be kept there .*move a damaged file away"
+    with pytest.raises(UserError, match=said):
         daemon.plan()
     file.unlink()
     for _ in range(2):

@@ -76,7 +76,7 @@ def test_missed_slots_are_caught_up_once_or_not_at_all(here, clock, catch_up, st
     clock.shift(3600 - 3 * 60 + 20)
     Daemon().plan()
     assert len(slots.history(job="hourly")) == 2
-    assert slots.history(job="hourly")[0].status == ("missed"if catch_up == "one"else "due")
+    assert slots.history(job="hourly")[0].status == ("missed" if catch_up == "one" else "due")
 
 
 def test_a_slot_of_a_minute_ago_is_not_missed(here, clock):

@@ -82,7 +82,7 @@ def test_the_digest_is_readable_with_and_without_anything_to_tell(here, with_dat
     assert run.status == "completed", run.error
     page = (Path(run.folder) / "digest.html").read_text()
     assert run.summary["runs"] == run.summary["failed"] == with_data
-    assert run.summary["paused"] == (["sick"]if with_data else [])
+    assert run.summary["paused"] == (["sick"] if with_data else [])
     assert ("ZeroDivisionError" in page
             and "no network" in page) if with_data else "no run failed, and no job is paused" in page
 

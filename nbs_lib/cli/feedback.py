@@ -120,8 +120,8 @@ def label(port: Annotated[int, typer.Option(metavar="P", min=0, max=65535,
                                                  "token.")] = "127.0.0.1",
           no_token: Annotated[bool, typer.Option("--no-token", help="Let everyone on this machine in.")] = False,
           recipe: RecipeName = None, as_json: Json = False):
-    """Serve the labelling page; people open its address, give their name and begin. `&user=ANN` in the address is a
-    name, too."""
+    ("Serve the labelling page; people open its address, give their name and begin. "
+     "`&user=ANN` in the address is a name, too.")
     token = "" if no_token else label_token()
     from nbs_lib.web.label_page import serve
     from nbs_lib.core.settings import load_settings, use_recipe

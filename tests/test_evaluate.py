@@ -34,7 +34,8 @@ def test_decisions(candidate, production, promoted, word):
 
 def test_a_missing_label_judges_nobody():
     hidden = np.where(np.arange(400) < 200, -1, Y)
-    decision = decide({"animal": hidden, "size": np.full(400, -1)}, CLASSES | {"size": ["big"]}, answers(0.95) | {"size": np.zeros(400, int)}, None, Gate())
+    labels, said = {"animal": hidden, "size": np.full(400, -1)}, answers(0.95) | {"size": np.zeros(400, int)}
+    decision = decide(labels, CLASSES | {"size": ["big"]}, said, None, Gate())
     assert not decision.promote and "size: no labelled test image" in decision.reasons[0]
     assert decision.accuracy["animal"] == accuracy_score(Y[200:], answers(0.95)["animal"][200:])
 
@@ -44,7 +45,8 @@ def test_the_loss_of_one_image_in_a_small_class_is_chance():
     good, one_wrong = np.where(np.arange(400) < 0, 1, y), np.where(np.arange(400) == 399, 0, y)
     gate = Gate(class_margin=0.01)
     assert decide({"animal": y}, CLASSES, {"animal": one_wrong}, {"animal": good}, gate).promote
-    assert not decide({"animal": y}, CLASSES, {"animal": np.where(np.arange(400) >= 390, 0, y)}, {"animal": good}, gate).promote
+    many_wrong = np.where(np.arange(400) >= 390, 0, y)
+    assert not decide({"animal": y}, CLASSES, {"animal": many_wrong}, {"animal": good}, gate).promote
 
 
 def test_the_bootstrap_agrees_with_resampling_image_by_image():
@@ -52,14 +54,16 @@ def test_the_bootstrap_agrees_with_resampling_image_by_image():
     difference = difference * 1.0 - (answers(0.9, seed=5)["animal"] == Y)
     slow = np.random.default_rng(0).choice(difference, (4000, 400)).mean(1)
     mean, low, high = paired_bootstrap(difference, 4000)
-    assert mean == pytest.approx(difference.mean()) and (low, high) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.004)
+    assert mean == pytest.approx(difference.mean())
+    assert (low, high) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.004)
 
 
 def test_numbers_are_those_of_scikit_learn():
     p = RNG.dirichlet([1, 1, 1], 400)
     overall, rows = measure(Y, p, CLASSES["animal"])
     assert overall["macro_f1"] == pytest.approx(f1_score(Y, p.argmax(1), average="macro"))
-    assert overall["accuracy"] == accuracy_score(Y, p.argmax(1)) and rows["images"].sum() == 400 and rows["f1"].is_monotonic_increasing
+    assert overall["accuracy"] == accuracy_score(Y, p.argmax(1))
+    assert rows["images"].sum() == 400 and rows["f1"].is_monotonic_increasing
 
 
 def test_a_class_without_test_images_does_not_count():

@@ -24,9 +24,12 @@ def test_threads_share_a_store(store):
     def work(user):
         for data in pictures: store.add(data, "a.png", user)
         while queue := store.queue(user, 3):
-            for q in queue: out.append((store.answer(q.id, user, "corrected", {"animal": "cat"}, key=f"{user} {q.id}"), q.id))
+            for q in queue:
+                out.append((store.answer(q.id, user, "corrected", {"animal": "cat"}, key=f"{user} {q.id}"), q.id))
+
     with ThreadPoolExecutor(6) as pool: list(pool.map(work, [f"user {n}" for n in range(6)]))
-    assert len(out) == 12 and len({id for _, id in out}) == 12 and sorted(store.history()["seq"]) == sorted(seq for seq, _ in out)
+    assert len(out) == 12 and len({id for _, id in out}) == 12
+    assert sorted(store.history()["seq"]) == sorted(seq for seq, _ in out)
 
 
 LABELLER = """
@@ -45,7 +48,16 @@ while queue := store.queue(user, 2):
 @pytest.mark.faults
 def test_processes_share_a_store_and_one_is_killed(store):
     ids = fill(store, 150)
-    labellers = [subprocess.Popen([sys.executable, "-c", LABELLER, f"user {n}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) for n in range(4)]
+    labellers = [
+        subprocess.Popen(
+            [sys.executable, "-c", LABELLER, f"user {n}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for n in range(4)
+    ]
     for p in labellers: assert p.stdout.readline() == "ready\n"
     def go(p): p.stdin.write("go\n"); p.stdin.flush()
     go(labellers[0])
@@ -59,7 +71,7 @@ def test_processes_share_a_store_and_one_is_killed(store):
     assert history["id"].is_unique                                                    # nobody labelled what another had
     for user, shown in [("user 0", saved), *((f"user {n}", o) for n, o in enumerate(outputs, 1))]:
         assert set(shown) <= set(history.loc[history["user"] == user, "id"])          # what was shown as saved is saved
-    held = {q.id for q in store.queue("user 0", 9)}                                   # what the killed one had before it is still theirs
+    held = {q.id for q in store.queue("user 0", 9)}  # what the killed one had before it is still theirs
     assert held | set(history["id"]) == set(ids) and len(held) <= 2
     assert store._rows("pragma integrity_check")[0] == {"integrity_check": "ok"}
 
@@ -78,7 +90,8 @@ def act():
     store.queue("ann", 1)
     store.answer(id, "ann", "confirmed", key="click")
     with store.staging() as place:
-        store.admit(place, [Sent(store.stage(place, pictures[n]), f"{n}.png", "ann", {"animal": "dog"}) for n in (1, 2, 3)], imported=True)
+        sent = [Sent(store.stage(place, pictures[n]), f"{n}.png", "ann", {"animal": "dog"}) for n in (1, 2, 3)]
+        store.admit(place, sent, imported=True)
 
 def check():
     store = Store("faces")
@@ -100,7 +113,8 @@ def forked(work):
         os._exit(0)
     return os.waitpid(pid, 0)[1]
 
-TOUCHING = {"execute", "executemany", "executescript", "replace", "fsync", "mkdir", "write", "flush", "open", "close", "unlink", "rmdir"}
+TOUCHING = {"execute", "executemany", "executescript", "replace", "fsync", "mkdir", "write", "flush", "open", "close",
+            "unlink", "rmdir"}
 
 def until(step):
     left = step
@@ -127,7 +141,8 @@ print(step)
 
 @pytest.mark.faults
 def test_killed_between_any_two_steps(home):
-    "Each home sees one kill, before the next call that touches a file or the database; what is there is whole, and doing it again ends where it should."
+    """Each home sees one kill, before the next call that touches a file or the database; what is there is whole, and doing
+    it again ends where it should."""
     done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 80
@@ -137,7 +152,8 @@ def test_killed_between_any_two_steps(home):
 
 @contextmanager
 def tmpfs(path: Path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", path], capture_output=True).returncode: pytest.skip("no right to mount a small disk")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", path], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
     try: yield
     finally: subprocess.run(["umount", "-l", path], check=True)
 
@@ -170,10 +186,14 @@ def test_a_full_disk(home):
         ids = fill(store, 3)
         with fullness(home):
             saved = answer_until_it_fails(store, ids[0])
-            with pytest.raises(UserError, match="the disk is full; this was not saved, all before it is; free some space"): store.answer(ids[1], "ann", "confirmed")
+            with pytest.raises(
+                UserError, match="the disk is full; this was not saved, all before it is; free some space"
+            ):
+                store.answer(ids[1], "ann", "confirmed")
             with pytest.raises(UserError, match="disk is full"): store.add(png(50, 40), "large.png", "ann")
             assert len(store.history()) == saved and store.stats()["images"] == 3 and store.image(ids[2]) == png(2)
-            assert {p.name for p in (store.folder / "images").rglob("*") if p.is_file()} == set(ids) and not list(store.folder.glob(".staging-*"))
+            assert {p.name for p in (store.folder / "images").rglob("*") if p.is_file()} == set(ids)
+            assert not list(store.folder.glob(".staging-*"))
         store.answer(ids[1], "ann", "confirmed")
         new, _ = store.add(png(50, 40), "large.png", "ann")
         assert len(store.history()) == saved + 1 and store.image(new) == png(50, 40)
@@ -200,6 +220,7 @@ def test_a_failing_commit_takes_its_images_along(store, monkeypatch):
     "What was moved in before the transaction failed is gone, and an image that was there before is not."
     [id] = fill(store, 1)
     def fail(folder): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(store_module, "_sync", fail)
+    monkeypatch.setattr(store_module, "sync_folder", fail)
     with pytest.raises(UserError, match="disk is full"): store.add(png(7), "a.png", "ann")
-    assert [p.name for p in (store.folder / "images").rglob("*") if p.is_file()] == [id] and store.stats()["images"] == 1
+    assert [p.name for p in (store.folder / "images").rglob("*") if p.is_file()] == [id]
+    assert store.stats()["images"] == 1

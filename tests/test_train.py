@@ -1,22 +1,30 @@
 """Both ways to train, on small pictures; whole runs are in test_loop.py."""
+import io
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from small_data import picture, small_dataset
 
 from nbs_lib.core.errors import UserError
 from nbs_lib.core.settings import Recipe
+from nbs_lib.data.dataset import Dataset, class_numbers
+from nbs_lib.data.images import Preprocessing, preprocess
 from nbs_lib.data.items import Item
 from nbs_lib.data.write import write_version
-from nbs_lib.models.classifier import load_model, save_model
+from nbs_lib.models.backbone import create_backbone, preprocessing_of
+from nbs_lib.models.classifier import Network, load_model, save_model
 from nbs_lib.models.engine import choose
-from nbs_lib.steps.train import make_classifier, train_heads, train_whole
+from nbs_lib.models.finetune import GROUPS, GroupOrder, ShardImages
+from nbs_lib.steps.train import finetune, make_classifier, train_heads, train_whole
 
 PLAIN = {"image_size": 32, "batch_size": 8, "device": "cpu", "engine": "torch", "precision": "fp32"}
 
@@ -33,7 +41,11 @@ def test_a_head_learns_and_is_the_same_to_the_last_bit(home):
 
 
 def test_several_targets_with_missing_labels_and_a_rare_class(home):
-    items = [Item(f"{i}.jpg", picture(("red", "blue")[i % 2], i, 40 + 20 * (i // 2 % 2)), {"colour": ("red", "blue")[i % 2], "size": (None if i % 5 == 0 else ("small", "large")[i // 2 % 2])}) for i in range(60)]
+    def item(i):
+        colour, large = ("red", "blue")[i % 2], i // 2 % 2
+        size = None if i % 5 == 0 else ("small", "large")[large]
+        return Item(f"{i}.jpg", picture(colour, i, 40 + 20 * large), {"colour": colour, "size": size})
+    items = [item(i) for i in range(60)]
     items.append(Item("rare.jpg", picture("green", 77), {"colour": "green", "size": None}))
     data = write_version(home / "both", items, name="both", source="tests")
     recipe, plan = Recipe(**PLAIN), choose("cpu", "torch", "fp32")
@@ -44,7 +56,8 @@ def test_several_targets_with_missing_labels_and_a_rare_class(home):
 
 def test_one_class_cannot_be_trained(home):
     data = small_dataset(home / "one", 12, kinds=("red",))
-    with pytest.raises(UserError, match="colour.*at least two"): train_heads(data, Recipe(**PLAIN), choose("cpu", "torch", "fp32"))
+    with pytest.raises(UserError, match="colour.*at least two"):
+        train_heads(data, Recipe(**PLAIN), choose("cpu", "torch", "fp32"))
 
 
 def test_two_images_are_enough_to_train_something(home):
@@ -66,14 +79,16 @@ from nbs_lib.core.settings import Recipe
 from nbs_lib.data.dataset import Dataset
 from nbs_lib.steps.train import train_whole
 data = Dataset(home() / "small") if (home() / "small").exists() else small_dataset(home() / "small", 40)
-trained = train_whole(data, Recipe(**json.loads({recipe!r})), choose("cpu", "torch", "fp32"), on_epoch=lambda epoch, row: print("epoch", epoch, flush=True))
+def show(epoch, row): print("epoch", epoch, flush=True)
+trained = train_whole(data, Recipe(**json.loads({recipe!r})), choose("cpu", "torch", "fp32"), on_epoch=show)
 print(json.dumps([trained.history, sum(p.double().sum().item() for p in trained.network.parameters())]))
 """
 
 
 def finetune_process(home: Path) -> subprocess.Popen:
     code = SCRIPT.format(tests=str(Path(__file__).parent), recipe=FINETUNE.model_dump_json())
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=__import__("os").environ | {"LOOPBOOK_HOME": str(home)})
+    environment = os.environ | {"LOOPBOOK_HOME": str(home)}
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def test_a_killed_finetuning_ends_where_an_undisturbed_one_does(home):
@@ -90,23 +105,72 @@ def test_a_killed_finetuning_ends_where_an_undisturbed_one_does(home):
     assert not list((home / "killed/data/cache/finetune").iterdir())
 
 
+def shard_images(folder: Path, n: int, draw, how, first: int = 0) -> ShardImages:
+    "A dataset version of `n` pictures of two kinds, drawn by `draw(kind, seed)`, to train on or to judge by."
+    kinds = np.arange(n) % 2
+    items = [Item(f"{i}.png", draw(kind, first + i), {"kind": f"kind {kind}"}) for i, kind in enumerate(kinds)]
+    data = write_version(folder, items, name="kinds", source="tests")
+    labels = class_numbers(data.rows, data.targets)["kind"][:, None]
+    return ShardImages(data, list(data.rows["id"]), labels, how)
+
+
 def test_finetuning_learns_in_two_processes(home):
-    from nbs_lib.models.backbone import create_backbone, preprocessing_of
-    from nbs_lib.models.classifier import Network
-    from nbs_lib.models.finetune import Images, finetune
     torch.manual_seed(0)
     backbone = create_backbone("tf_efficientnet_lite0")
-    how, kinds = preprocessing_of(backbone, 32), np.arange(48) % 2
-    files = [picture(("red", "blue")[k], i) for i, k in enumerate(kinds)]
-    train, valid = (Images(files[a:b], kinds[a:b, None], how) for a, b in ((0, 32), (32, 48)))
+    how = preprocessing_of(backbone, 32)
+    def draw(kind, seed): return picture(("red", "blue")[kind], seed)
+    train, valid = shard_images(home / "train", 32, draw, how), shard_images(home / "valid", 16, draw, how, first=32)
     network, rows = Network(backbone, how, {"colour": ["red", "blue"]}), []
     before = network.heads[0].weight.detach().clone()
-    history = finetune(network, train, valid, FINETUNE, choose("cpu", "torch", "fp32"), home / "work", on_epoch=lambda epoch, row: rows.append(epoch), processes=2)
-    assert rows == [1, 2] and history[-1]["train_loss"] < history[0]["train_loss"] and not torch.equal(before, network.heads[0].weight)
+    def keep(epoch, row): rows.append(epoch)
+    plan = choose("cpu", "torch", "fp32")
+    history = finetune(network, train, valid, FINETUNE, plan, home / "work", on_epoch=keep, processes=2)
+    assert rows == [1, 2] and history[-1]["train_loss"] < history[0]["train_loss"]
+    assert not torch.equal(before, network.heads[0].weight)
     assert not (home / "work").exists()
 
 
-@pytest.mark.parametrize("change", [dict(optimizer="adam", schedule="step"), dict(crop="whole", label_smoothing=0.0), dict(precision="bf16")])
+def stripes(kind: int, seed: int) -> bytes:
+    "A photo-sized PNG of bright stripes: `kind` 0 lies, 1 stands."
+    rng, file = np.random.default_rng(seed), io.BytesIO()
+    wave = np.sin(np.indices((96, 96))[kind] / rng.uniform(3, 5) + rng.uniform(0, 6))
+    pixels = wave[..., None] * rng.uniform(60, 120, 3) + 128
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_network_that_has_never_seen_anything_learns_stripes(home):
+    how = Preprocessing(64, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    torch.manual_seed(0)
+    network = Network(create_backbone("resnet10t", pretrained=False), how, {"stripes": ["lying", "standing"]})
+    recipe = Recipe(mode="finetune", epochs=4, batch_size=16, learning_rate=3e-3, crop="whole", patience=4)
+    train = shard_images(home / "train", 96, stripes, how)
+    valid = shard_images(home / "valid", 32, stripes, how, first=1000)
+    history = finetune(network, train, valid, recipe, choose("cpu", "torch", "fp32"), home / "work")
+    assert max(row["valid_accuracy"] for row in history) > 0.9
+
+
+def test_a_process_holds_a_few_row_groups_and_the_order_asks_for_no_more(home):
+    def draw(kind, seed): return picture(("red", "blue")[kind], seed)
+    how = Preprocessing(32, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    shard_images(home / "many", 150, draw, how)
+    [shard] = (home / "many" / "data").glob("*.parquet")
+    pq.write_table(pq.read_table(shard), shard, row_group_size=3)
+    data = Dataset(home / "many")
+    images = ShardImages(data, list(data.rows["id"]), np.arange(150)[:, None], how)
+    order, read = GroupOrder(images), 0
+    assert order.groups.max() + 1 == 50 > 5 * GROUPS and sorted(order) == list(range(150))
+    for position in order:
+        before = set(images.cached)
+        assert images[position][1] == position
+        read += set(images.cached) != before
+        assert len(images.cached) <= GROUPS
+    assert read == 50, "each row group is read once an epoch"
+    assert torch.equal(images[7][0], preprocess(data.image(data.rows["id"][7]), how))
+
+
+@pytest.mark.parametrize("change", [dict(optimizer="adam", schedule="step"), dict(crop="whole", label_smoothing=0.0),
+                                    dict(precision="bf16")])
 def test_the_other_choices_of_finetuning(home, change):
     data = small_dataset(home / "small", 24)
     recipe = FINETUNE.model_copy(update=dict(epochs=1) | change)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SPLITS', 'OWN', 'Dataset', 'class_numbers']
+__all__ = ['SPLITS', 'OWN', 'Dataset', 'class_numbers', 'image_places']
 
 # %% ../../notebooks/library/data/03_dataset.ipynb #31d08ea9
 SPLITS = ("train", "validation", "test")
@@ -92,3 +92,19 @@ class Dataset:
 def class_numbers(rows: pd.DataFrame, targets: dict[str, list[str]]) -> dict[str, np.ndarray]:
     "int64 (n,) for each target: the class's position, -1 where there is no label or the class is not among `targets`."
     return {t: rows[t].map({c: i for i, c in enumerate(classes)}).fillna(-1).to_numpy(np.int64) for t, classes in targets.items()}
+
+# %% ../../notebooks/library/data/03_dataset.ipynb #f9f7d492
+def image_places(dataset: Dataset, ids: Sequence[str]) -> np.ndarray:
+    "int32 (n, 3) for `ids`: the number of the shard among `dataset.shards`, of the row group in it, and of the row in that."
+    import pandas as pd
+    import pyarrow.parquet as pq
+    places = []
+    for number, shard in enumerate(dataset.shards):
+        footer = pq.read_metadata(shard)
+        for group in range(footer.num_row_groups):
+            rows = np.arange(footer.row_group(group).num_rows)
+            places.append(np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], 1).astype(np.int32))
+    first = dataset.history["id"].drop_duplicates()  # it holds the bytes
+    positions = pd.Index(first).get_indexer(list(ids))
+    if (positions < 0).any(): raise KeyError(f"{(positions < 0).sum()} of {len(positions)} images are not in {dataset}")
+    return np.concatenate(places)[first.index.to_numpy()[positions]]

@@ -13,27 +13,52 @@ from ..data.views import plot_text
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['draw_evaluation', 'draw_mistakes']
 
+# %% ../../notebooks/library/evaluation/02_figures.ipynb #bde9f453
+def _draw_confusion(axes: Axes, matrix: np.ndarray, shown: np.ndarray, classes: list[str]) -> None:
+    "The confusion of the classes numbered `shown`."
+    from sklearn.metrics import ConfusionMatrixDisplay
+    display = ConfusionMatrixDisplay(matrix[np.ix_(shown, shown)], display_labels=[plot_text(classes[i]) for i in shown])
+    display.plot(ax=axes, colorbar=False, cmap="Blues", xticks_rotation=45)
+
+def _draw_roc(axes: Axes, labels: np.ndarray, probabilities: np.ndarray, classes: dict[int, str]) -> None:
+    "One curve for each of the numbered `classes`, against all others."
+    from sklearn.metrics import RocCurveDisplay
+    for i, name in classes.items():
+        if 0 < (labels == i).sum() < len(labels):
+            RocCurveDisplay.from_predictions(labels == i, probabilities[:, i], name=plot_text(name), ax=axes)
+    axes.plot([0, 1], [0, 1], ":", color="gray")
+    axes.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
+    axes.legend(fontsize=7, loc="lower right")
+
 # %% ../../notebooks/library/evaluation/02_figures.ipynb #aa7bb40d
-def draw_evaluation(target: str, labels: np.ndarray, probabilities: np.ndarray, classes: list[str], most: int = 12) -> Figure:
-    "Confusion matrix, one-against-rest ROC curves and reliability for one target; at most the `most` worst classes."
+def draw_evaluation(
+    target: str,                # its name
+    labels: np.ndarray,         # class numbers, int64 (n,)
+    probabilities: np.ndarray,  # float (n, classes)
+    classes: list[str],         # their names
+    most: int = 12,             # with more classes, so many of the most confused are drawn
+) -> Figure:
+    "Confusion matrix, one-against-rest ROC curves and reliability for one target."
     import matplotlib.pyplot as plt
     from sklearn.calibration import CalibrationDisplay
-    from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay, confusion_matrix
-    matrix = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
+    from sklearn.metrics import confusion_matrix
+    answers = probabilities.argmax(1)
+    matrix = confusion_matrix(labels, answers, labels=range(len(classes)))
     wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
     shown = np.sort(np.argsort(-wrong, kind="stable")[:most])
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    ConfusionMatrixDisplay(matrix[np.ix_(shown, shown)], display_labels=[plot_text(classes[i]) for i in shown]).plot(ax=left, colorbar=False, cmap="Blues", xticks_rotation=45)
-    left.set_title(plot_text(target) + ": confusion" + (f", {most} most confused of {len(classes)} classes" if len(shown) < len(classes) else ""))
-    for i in shown if len(classes) > 2 else [1]:
-        if 0 < (labels == i).sum() < len(labels): RocCurveDisplay.from_predictions(labels == i, probabilities[:, i], name=plot_text(classes[i]), ax=middle)
-    middle.plot([0, 1], [0, 1], ":", color="gray"); middle.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate"); middle.legend(fontsize=7, loc="lower right")
-    CalibrationDisplay.from_predictions(probabilities.argmax(1) == labels, probabilities.max(1), n_bins=8, strategy="quantile", ax=right, name="model")
+    _draw_confusion(left, matrix, shown, classes)
+    part = f", {most} most confused of {len(classes)} classes" if len(shown) < len(classes) else ""
+    left.set_title(plot_text(target) + ": confusion" + part)
+    _draw_roc(middle, labels, probabilities, {i: classes[i] for i in (shown if len(classes) > 2 else [1])})
+    CalibrationDisplay.from_predictions(answers == labels, probabilities.max(1), n_bins=8, strategy="quantile",
+                                        ax=right, name="model")
     right.set(title="reliability", xlabel="stated probability of the answer", ylabel="share of right answers")
     return figure
 
@@ -47,6 +72,7 @@ def draw_mistakes(mistakes: pd.DataFrame, pictures: dict) -> Figure:
     grid = GridSpec(rows, 6, figure)
     for place, mistake in enumerate(mistakes.itertuples()):
         ax = figure.add_subplot(grid[place // 6, place % 6])
-        ax.imshow(pictures[mistake.id]); ax.axis("off")
+        ax.imshow(pictures[mistake.id])
+        ax.axis("off")
         ax.set_title(plot_text(f"{mistake.answer} {mistake.probability:.0%}\nlabelled {mistake.label}"), fontsize=8)
     return figure

@@ -12,71 +12,101 @@ import numpy as np
 from ..core.settings import Gate
 
 # %% auto #0
-__all__ = ['paired_bootstrap', 'Decision', 'correct', 'decide']
+__all__ = ['paired_bootstrap', 'Decision', 'correctness', 'decide']
 
 # %% ../../notebooks/library/evaluation/00_gate.ipynb #4de4bb8d
-def paired_bootstrap(differences: np.ndarray, resamples: int, seed: int = 0) -> tuple[float, float, float]:
-    "Mean of per-image `differences` (n,) and the bounds of its 95 % interval over `resamples` resamples; (0, 0, 0) for none."
+def paired_bootstrap(
+    differences: np.ndarray,     # of the two models' scores, image by image (n,)
+    resamples: int,              # how often n images are drawn anew
+    seed: int = 0,
+) -> tuple[float, float, float]: # mean, lower and upper 95 % bound; zeros for no image
+    "The mean difference, and how far chance alone moves it."
     if not len(differences): return 0.0, 0.0, 0.0
-    values, counts = np.unique(differences, return_counts=True)
-    # drawing n images with replacement is a multinomial draw over the few distinct differences: same law, little memory
-    draws = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=resamples) @ values / len(differences)
-    return float(differences.mean()), *map(float, np.quantile(draws, [0.025, 0.975]))
+    n, (values, counts) = len(differences), np.unique(differences, return_counts=True)
+    # drawing n images with replacement is a multinomial draw over the few distinct values: same law, little memory
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
 
 # %% ../../notebooks/library/evaluation/00_gate.ipynb #eaed3998
 @dataclass
 class Decision:
     "What the gate decided, and why."
     promote: bool = True
-    reasons: list[str] = field(default_factory=list)       # those that speak against, or one that speaks for
-    accuracy: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)         # those that speak against, or one that speaks for
+    accuracy: dict[str, float] = field(default_factory=dict) # target -> share of right answers, 0..1
     production_accuracy: dict[str, float] = field(default_factory=dict)
-    difference: tuple[float, float, float] | None = None   # mean, lower and upper 95 % bound
-    class_changes: list[dict] = field(default_factory=list) # target, class, images, change of recall and its bounds: largest loss first
+    difference: tuple[float, float, float] | None = None     # of the accuracies: mean, lower and upper 95 % bound
+    class_changes: list[dict] = field(default_factory=list)  # target, class, images, change of recall and its bounds
 
     def refuse(self, reason: str) -> None:
+        "The candidate does not pass, for this reason among others."
         self.promote = False
         self.reasons.append(reason)
 
-def correct(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+def correctness(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     "1.0 where right, 0.0 where wrong, NaN where the label is missing (-1)."
     return np.where(labels >= 0, (labels == predicted) * 1.0, np.nan)
 
 # %% ../../notebooks/library/evaluation/00_gate.ipynb #fbfc296c
-def decide(labels: dict[str, np.ndarray], classes: dict[str, list[str]], candidate: dict[str, np.ndarray],
-           production: dict[str, np.ndarray] | None, gate: Gate) -> Decision:
-    "Judge class numbers (n,) predicted for each target on the same n test images; `production` is None before the first model."
+def decide(
+    labels: dict[str, np.ndarray],             # target -> class numbers of the n test images, int64 (n,); -1: none
+    classes: dict[str, list[str]],             # target -> names of its classes
+    candidate: dict[str, np.ndarray],          # target -> class numbers that the candidate answered (n,)
+    production: dict[str, np.ndarray] | None,  # the same of the model in production; None: there is none yet
+    gate: Gate,                                # minimum and margins
+) -> Decision:
+    "Whether the candidate goes into production."
     decision = Decision()
-    right = {t: correct(y, candidate[t]) for t, y in labels.items()}
+    right = {t: correctness(y, candidate[t]) for t, y in labels.items()}
     for target, r in right.items():
-        if np.isnan(r).all(): decision.refuse(f"{target}: no labelled test image to judge by"); continue
+        if np.isnan(r).all():
+            decision.refuse(f"{target}: no labelled test image to judge by")
+            continue
         decision.accuracy[target] = accuracy = float(np.nanmean(r))
-        if accuracy < gate.min_accuracy: decision.refuse(f"{target}: accuracy {accuracy:.3f} is below the minimum {gate.min_accuracy:.3f}")
-    if production is None:
-        if decision.promote: decision.reasons.append("the first model, and it reaches the minimum accuracy")
-        return decision
-    before = {t: correct(y, production[t]) for t, y in labels.items()}
-    decision.production_accuracy = {t: float(np.nanmean(before[t])) for t in decision.accuracy}
-    _compare(decision, right, before, labels, classes, gate)
+        if accuracy < gate.min_accuracy:
+            decision.refuse(f"{target}: accuracy {accuracy:.3f} is below the minimum {gate.min_accuracy:.3f}")
+    if production is not None:
+        before = {t: correctness(y, production[t]) for t, y in labels.items()}
+        decision.production_accuracy = {t: float(np.nanmean(before[t])) for t in decision.accuracy}
+        mean, low = _compare_accuracy(decision, right, before, gate)
+        _compare_classes(decision, right, before, labels, classes, gate)
     if decision.promote:
-        mean, low, _ = decision.difference
-        decision.reasons.append(f"not worse than production: accuracy {mean:+.3f} (at least {low:+.3f} with 97.5 % confidence), and no class lost more than its margin")
+        decision.reasons.append("the first model, and it reaches the minimum accuracy" if production is None else
+                                f"not worse than production: accuracy {mean:+.3f} (at least {low:+.3f} with 97.5 % "
+                                "confidence), and no class lost more than its margin")
     return decision
 
 # %% ../../notebooks/library/evaluation/00_gate.ipynb #b0bb180a
-def _compare(decision: Decision, right: dict, before: dict, labels: dict, classes: dict, gate: Gate) -> None:
-    "Add the paired comparison with production, over all targets and class by class, to `decision`."
-    table = np.stack([right[t] - before[t] for t in labels])
+def _compare_accuracy(decision: Decision, right: dict, before: dict, gate: Gate) -> tuple[float, float]:
+    "Add the difference over all targets to `decision`; returns its mean and lower bound."
+    table = np.stack([right[t] - before[t] for t in right])
     table = table[:, ~np.isnan(table).all(0)]
-    decision.difference = mean, low, _ = paired_bootstrap(np.nanmean(table, 0) if table.size else np.zeros(0), gate.resamples)
+    differences = np.nanmean(table, 0) if table.size else np.zeros(0)
+    decision.difference = mean, low, _ = paired_bootstrap(differences, gate.resamples)
     if low < -gate.margin:
-        decision.refuse(f"accuracy {mean:+.3f} against production may be as low as {low:+.3f}, more than the margin {gate.margin:.3f} below")
+        decision.refuse(f"accuracy {mean:+.3f} against production may be as low as {low:+.3f}, "
+                        f"more than the margin {gate.margin:.3f} below")
+    return mean, low
+
+# %% ../../notebooks/library/evaluation/00_gate.ipynb #3d73caea
+def _compare_classes(
+    decision: Decision,
+    right: dict,   # target -> where the candidate is right, float (n,)
+    before: dict,  # target -> where the model in production is right, float (n,)
+    labels: dict,
+    classes: dict,
+    gate: Gate,
+) -> None:
+    "Add what each class has won or lost to `decision`."
     for target, y in labels.items():
         for number, name in enumerate(classes[target]):
             rows = y == number
             if not rows.any(): continue
             change, lower, upper = paired_bootstrap(right[target][rows] - before[target][rows], gate.resamples)
-            decision.class_changes.append({"target": target, "class": name, "images": int(rows.sum()), "change": change, "lower": lower, "upper": upper})
+            decision.class_changes.append({"target": target, "class": name, "images": int(rows.sum()), "change": change,
+                                           "lower": lower, "upper": upper})
             if change < -gate.class_margin and upper < 0:
-                decision.refuse(f"{target}: class {name!r} lost {-change:.3f} of its recall, more than the margin {gate.class_margin:.3f}")
+                decision.refuse(f"{target}: class {name!r} lost {-change:.3f} of its recall, "
+                                f"more than the margin {gate.class_margin:.3f}")
     decision.class_changes.sort(key=lambda row: row["change"])

@@ -23,24 +23,38 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     "Expected calibration error in 0..1 for class numbers (n,) and probabilities (n, classes)."
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(sum(abs(confidence[bin_of == b].sum() - right[bin_of == b].sum()) for b in range(bins)) / len(labels))
+    gaps = (abs(confidence[bin_of == b].sum() - right[bin_of == b].sum()) for b in range(bins))
+    return float(sum(gaps) / len(labels))
 
-def measure(labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> tuple[dict[str, float], pd.DataFrame]:
+# %% ../../notebooks/library/evaluation/01_measure.ipynb #6ee35041
+def measure(
+    labels: np.ndarray,         # class numbers, int64 (n,)
+    probabilities: np.ndarray,  # float (n, classes), rows summing to 1
+    classes: list[str],         # their names
+) -> tuple[dict[str, float], pd.DataFrame]:
     "Overall numbers, and one row a class: precision, recall, F1 (0..1) and images; worst F1 first."
     import pandas as pd
     from sklearn.metrics import classification_report, log_loss
-    numbers = range(len(classes))
-    # over the classes that are there: a class without a test image has no recall to speak of
-    table = classification_report(labels, probabilities.argmax(1), labels=numbers, target_names=classes, output_dict=True, zero_division=0)
-    rows = pd.DataFrame({c: table[c] for c in classes}).T.rename(columns={"f1-score": "f1", "support": "images"}).astype({"images": int})
+    numbers, answers = range(len(classes)), probabilities.argmax(1)
+    table = classification_report(labels, answers, labels=numbers, target_names=classes, output_dict=True,
+                                  zero_division=0)
+    rows = pd.DataFrame({c: table[c] for c in classes}).T.rename(columns={"f1-score": "f1", "support": "images"})
+    rows = rows.astype({"images": int})
     macro = rows[rows["images"] > 0][["precision", "recall", "f1"]].mean()
-    overall = {"accuracy": float((probabilities.argmax(1) == labels).mean()), **{f"macro_{k}": float(v) for k, v in macro.items()},
-               "log_loss": float(log_loss(labels, probabilities, labels=numbers)), "calibration_error": calibration_error(labels, probabilities), "images": len(labels)}
+    overall = {"accuracy": float((answers == labels).mean()), **{f"macro_{k}": float(v) for k, v in macro.items()},
+               "log_loss": float(log_loss(labels, probabilities, labels=numbers)),
+               "calibration_error": calibration_error(labels, probabilities), "images": len(labels)}
     return overall, rows.sort_values("f1", kind="stable")
 
 # %% ../../notebooks/library/evaluation/01_measure.ipynb #8276dd00
-def confident_mistakes(ids: list[str], labels: np.ndarray, probabilities: np.ndarray, classes: list[str], most: int = 12) -> pd.DataFrame:
-    "The wrong answers of the highest probability: id, label, answer, probability."
+def confident_mistakes(
+    ids: list[str],             # of the n images
+    labels: np.ndarray,         # class numbers, int64 (n,); -1: not labelled, no mistake
+    probabilities: np.ndarray,  # float (n, classes)
+    classes: list[str],         # their names
+    most: int = 12,             # so many at most
+) -> pd.DataFrame:              # id, label, answer, probability
+    "The wrong answers of the highest probability."
     import pandas as pd
     answers = probabilities.argmax(1)
     wrong = np.flatnonzero((answers != labels) & (labels >= 0))
@@ -49,14 +63,26 @@ def confident_mistakes(ids: list[str], labels: np.ndarray, probabilities: np.nda
                          "answer": [classes[answers[i]] for i in wrong], "probability": probabilities[wrong].max(1)})
 
 # %% ../../notebooks/library/evaluation/01_measure.ipynb #3cd3ab16
-def align(table: np.ndarray, known: list[str], classes: list[str]) -> np.ndarray:
-    "Probabilities (n, known) as (n, classes): 0 for a class that the model does not know, and what it says of others left out."
+def align(
+    table: np.ndarray,   # a model's probabilities, float (n, len(known))
+    known: list[str],    # the classes that it knows
+    classes: list[str],  # the classes that are asked for
+) -> np.ndarray:         # float64 (n, len(classes))
+    "Probabilities in other classes: 0 for one that the model does not know, and what it says of others left out."
     aligned = np.zeros((len(table), len(classes)))
     for position, name in enumerate(classes):
         if name in known: aligned[:, position] = table[:, known.index(name)]
     return aligned / np.maximum(aligned.sum(1, keepdims=True), 1e-12)
 
-def answer_dataset(model: Classifier, dataset: Dataset, ids: list[str], batch_size: int = 32) -> tuple[dict[str, np.ndarray], int]:
-    "`predict_dataset` in the dataset's targets and classes; a target that the model lacks is all zeros. And how many images were computed."
+# %% ../../notebooks/library/evaluation/01_measure.ipynb #c22a1cf0
+def answer_dataset(
+    model: Classifier,
+    dataset: Dataset,
+    ids: list[str],         # which of its images
+    batch_size: int = 32,   # images that go through the network at once
+) -> tuple[dict[str, np.ndarray], int]:
+    "Target -> probabilities (n, classes of the dataset), zeros where the model lacks the target; images computed."
     tables, computed = predict_dataset(model, dataset, ids, batch_size)
-    return {t: align(tables[t], model.targets[t], c) if t in tables else np.zeros((len(ids), len(c))) for t, c in dataset.targets.items()}, computed
+    answers = {t: align(tables[t], model.targets[t], classes) if t in tables else np.zeros((len(ids), len(classes)))
+               for t, classes in dataset.targets.items()}
+    return answers, computed

@@ -20,8 +20,12 @@ def best(prediction: dict | None) -> dict[str, str]:
     "Target -> its most probable class, of `{\"targets\": {target: {class: probability}}}`."
     return {t: max(p, key=p.get) for t, p in (prediction or {}).get("targets", {}).items() if p}
 
-def verdict_of(labels: dict[str, str], prediction: dict | None = None, classes: dict[str, list[str]] | None = None) -> str:
-    "The verdict that `labels` (target -> class) amount to; `classes` are those of the dataset (None: not known)."
+def verdict_of(
+    labels: dict[str, str],                        # target -> class, as somebody says
+    prediction: dict | None = None,                # that they saw: `{"targets": {target: {class: probability}}}`
+    classes: dict[str, list[str]] | None = None,   # target -> classes of the dataset; None: not known
+) -> str:                                          # one of `VERDICTS`
+    "The verdict that labels amount to."
     if classes is not None and any(c not in classes.get(t, ()) for t, c in labels.items()): return "new"
     return "confirmed" if labels.items() <= best(prediction).items() else "corrected"
 
@@ -47,13 +51,12 @@ def check_user(text: str) -> str:
     return _check(text, "user name", 60)
 
 # %% ../../notebooks/library/feedback/00_answers.ipynb #1086c882
-def what_stands(rows: Iterable[dict]) -> dict | None:
-    """What follows from one image's history rows, given in their order: status, labels, users and their verdicts, what each has said, the
-    last row that counts and the number of the last one; None where nothing stands."""
+def _words(rows: Iterable[dict]) -> tuple[dict[str, dict], dict[str, dict[str, str]]]:
+    "What counts of the history `rows`: user -> last row, and target -> user -> class."
     rows = list(rows)
     gone = {r["undoes"] for r in rows}
-    words: dict[str, dict] = {}                                   # user -> last row
-    said: dict[str, dict[str, str]] = {}                          # target -> user -> class
+    words: dict[str, dict] = {}
+    said: dict[str, dict[str, str]] = {}
     for row in rows:
         user, labels = row["user"], row["labels"]
         if row["verdict"] == "undone" or row["seq"] in gone: continue
@@ -65,10 +68,18 @@ def what_stands(rows: Iterable[dict]) -> dict | None:
         for target, label in labels.items(): said.setdefault(target, {})[user] = label
         words.pop(user, None)                                     # the last speaker comes last
         words[user] = row
+    return words, said
+
+# %% ../../notebooks/library/feedback/00_answers.ipynb #ad573110
+def what_stands(rows: Iterable[dict]) -> dict | None:
+    """What follows from one image's history rows, given in their order: status, labels, users and their verdicts, what
+    each has said, the last row that counts and the number of the last one; None where nothing stands."""
+    words, said = _words(rows)
     if not words: return None
     known = {u: w for u, w in words.items() if any(u in s for s in said.values())} or words
     labels = {t: next(iter(s.values())) for t, s in said.items() if len(set(s.values())) == 1}
     disputed = any(len(set(s.values())) > 1 for s in said.values())
-    return {"status": "disputed" if disputed else "agreed" if labels else "unknown", "labels": labels, "users": list(known),
-            "verdicts": [w["verdict"] for w in known.values()], "said": {u: {t: s[u] for t, s in said.items() if u in s} for u in words},
+    return {"status": "disputed" if disputed else "agreed" if labels else "unknown", "labels": labels,
+            "users": list(known), "verdicts": [w["verdict"] for w in known.values()],
+            "said": {u: {t: s[u] for t, s in said.items() if u in s} for u in words},
             "last": list(known.values())[-1], "seq": list(words.values())[-1]["seq"]}

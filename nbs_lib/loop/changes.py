@@ -89,8 +89,8 @@ def current_inputs(
     "What there is now of a recipe; None where there is nothing, of a source also where only reading can tell."
     found: dict[str, str | int | None] = {}
     if "feedback" in of:
-        from nbs_lib.feedback.store import words_said
-        found["feedback"] = words_said(recipe, settings)
+        from nbs_lib.feedback.database import last_word
+        found["feedback"] = last_word(recipe, settings)
     if "dataset" in of:
         version = (tracker or open_tracker(settings)).resolve(dataset_of(recipe))
         found["dataset"] = version.ref if version else None

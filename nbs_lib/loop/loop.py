@@ -59,6 +59,7 @@ def run_loop(
 ) -> Loop:
     """Run the steps of the recipe whose fingerprint has changed; raises `UserError`, also where somebody else is
     writing."""
+    from nbs_lib.feedback.database import has_feedback
     from nbs_lib.tracking.tracker import open_tracker
     settings, began = load_settings(), time.monotonic()
     name, _ = use_recipe(settings, recipe)
@@ -67,7 +68,7 @@ def run_loop(
     with writer(f"{loop.group} of {name}", wait=False), warm_kernels(*PRELOADED):
         tracker = open_tracker(settings)
         for step in STEPS:
-            if step.reads_feedback and not (settings.home / "data" / "feedback" / name).exists(): continue
+            if step.reads_feedback and not has_feedback(settings, name): continue
             notebook, parameters = find_notebook(step.notebook), {"recipe": name}
             if step.reads_source and source: parameters["source"] = source
             tell(records.step_name(notebook), None)

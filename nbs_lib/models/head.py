@@ -5,15 +5,13 @@
 # %% ../../notebooks/library/models/04_head.ipynb #bfb05696
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..core.errors import UserError
-from .classifier import softmax
-
 # %% auto #0
-__all__ = ['STRENGTHS', 'Head', 'fit_head']
+__all__ = ['STRENGTHS', 'Head', 'regularisation_path']
 
 # %% ../../notebooks/library/models/04_head.ipynb #aba0358e
 STRENGTHS = tuple(10.0 ** np.arange(-4, 3))  # scikit-learn's C: smaller regularises more
@@ -21,10 +19,10 @@ STRENGTHS = tuple(10.0 ** np.arange(-4, 3))  # scikit-learn's C: smaller regular
 @dataclass(frozen=True)
 class Head:
     "A linear layer for one target, and how its strength was chosen."
-    weight: np.ndarray         # float32 (classes, d)
-    bias: np.ndarray           # float32 (classes,)
-    strength: float            # the C of the lowest validation log-loss
-    losses: dict[float, float] # C -> validation log-loss, nats
+    weight: np.ndarray  # float32 (classes, d)
+    bias: np.ndarray    # float32 (classes,)
+    strength: float     # the C that it was fitted with
+    losses: dict[float, float] = field(default_factory=dict)  # C -> validation log-loss, nats: all that were tried
 
     def logits(self, features: np.ndarray) -> np.ndarray: return features @ self.weight.T + self.bias
 
@@ -32,27 +30,23 @@ class Head:
 def _linear(regression, scale: float, mean: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     "The regression as weights and bias over unscaled features, for all classes."
     weight, bias = regression.coef_, regression.intercept_
-    if len(regression.classes_) == 2: weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    full, full_bias = np.zeros((n_classes, weight.shape[1])), np.full(n_classes, bias.min() - 20)  # unseen classes: as good as never
+    if len(regression.classes_) == 2:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    full, full_bias = np.zeros((n_classes, weight.shape[1])), np.full(n_classes, bias.min() - 20)
     full[regression.classes_], full_bias[regression.classes_] = weight / scale, bias - (weight / scale) @ mean
     return full.astype(np.float32), full_bias.astype(np.float32)
 
 # %% ../../notebooks/library/models/04_head.ipynb #6af37676
-def fit_head(x: np.ndarray, y: np.ndarray, x_valid: np.ndarray, y_valid: np.ndarray, n_classes: int, name: str = "label") -> Head:
-    """L2-regularised multinomial logistic regression on features (n, d) and class numbers (n,); rows labelled -1 are left out.
-
-    Raises `UserError` where the training rows have fewer than two classes."""
+def regularisation_path(
+    x: np.ndarray,                           # features, float (n, d)
+    y: np.ndarray,                           # class numbers, int64 (n,), of two classes at least
+    n_classes: int,                          # of the target, those that `y` lacks included
+    strengths: Sequence[float] = STRENGTHS,  # scikit-learn's C, in the order of the fits
+) -> Iterator[Head]:                         # one head for each strength
+    "L2-regularised multinomial logistic regressions, each fitted from where the one before ended."
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-    x, y, x_valid, y_valid = x[y >= 0], y[y >= 0], x_valid[y_valid >= 0], y_valid[y_valid >= 0]
-    if len(np.unique(y)) < 2: raise UserError(f"target {name!r}: the training images have {len(np.unique(y))} class(es); at least two are needed")
     mean, scale = x.mean(0), float(x.std(0).mean()) or 1.0
-    scaled, best, losses = (x - mean) / scale, None, {}
-    regression = LogisticRegression(max_iter=500, warm_start=True)
-    for strength in STRENGTHS if len(y_valid) else (1.0,):
+    scaled, regression = (x - mean) / scale, LogisticRegression(max_iter=500, warm_start=True)
+    for strength in strengths:
         regression.set_params(C=strength).fit(scaled, y)
-        head = Head(*_linear(regression, scale, mean, n_classes), strength, losses)
-        losses[strength] = log_loss(y_valid, softmax(head.logits(x_valid)), labels=range(n_classes)) if len(y_valid) else float("nan")
-        if best is None or losses[strength] < losses[best.strength]: best = head
-        if list(losses).index(best.strength) <= len(losses) - 3: break
-    return best
+        yield Head(*_linear(regression, scale, mean, n_classes), strength)

@@ -5,24 +5,38 @@
 # %% ../../notebooks/50_feedback.ipynb #c01a2672
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..feedback.store import Store
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # %% auto #0
-__all__ = ['overview', 'latest']
+__all__ = ['feedback_numbers', 'latest_answers']
 
 # %% ../../notebooks/50_feedback.ipynb #ef18bb8e
-def overview(store: Store):
+def feedback_numbers(store: Store) -> pd.DataFrame:
     "What waits and what has been said: a DataFrame of one column."
     import pandas as pd
     stats = store.stats()
-    def most(counts): return ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:12]) + (" …" if len(counts) > 12 else "")
+    def most(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:12]) + (" …" if len(counts) > 12 else "")
+    shown = {"photos": "images", "waiting": "waiting", "answered": "answered", "agreed": "agreed",
+             "disputed": "disputed", "nobody knows": "unknown", "suspected label errors": "suspects"}
     return pd.DataFrame({"": {
-        "photos": f"{stats['images']:,}", "waiting": f"{stats['waiting']:,}", "answered": f"{stats['answered']:,}", "agreed": f"{stats['agreed']:,}",
-        "disputed": f"{stats['disputed']:,}", "nobody knows": f"{stats['unknown']:,}", "suspected label errors": f"{stats['suspects']:,}",
-        "answers": most(stats["verdicts"]), "by": most(stats["users"]), **{f"agreed on {t}": most(c) for t, c in stats["targets"].items()}}})
-def latest(store: Store, most: int = 20):
-    "The last things said, the newest first: a DataFrame of who, photo and what by the time."
+        **{name: f"{stats[key]:,}" for name, key in shown.items()},
+        "answers": most(stats["verdicts"]), "by": most(stats["users"]),
+        **{f"agreed on {t}": most(c) for t, c in stats["targets"].items()}}})
+
+# %% ../../notebooks/50_feedback.ipynb #2a8b3ab5
+def latest_answers(store: Store, most: int = 20) -> pd.DataFrame:
+    "The last things said, the newest first: who, photo and what by the time."
     frame = store.history().tail(most)[::-1]
     names = {id: store.item(id).name for id in frame["id"].unique()}
-    said = [", ".join(labels.values()) or {"unknown": "don't know", "undone": "(taken back)"}.get(verdict, "") for labels, verdict in zip(frame["labels"], frame["verdict"], strict=True)]
-    return frame.assign(when=frame["said_at"].str[:16].str.replace("T", " "), who=frame["user"], photo=frame["id"].map(names), said=said).set_index("when")[["who", "photo", "said"]]
+    words = {"unknown": "don't know", "undone": "(taken back)"}
+    said = [", ".join(labels.values()) or words.get(verdict, "")
+            for labels, verdict in zip(frame["labels"], frame["verdict"], strict=True)]
+    when = frame["said_at"].str[:16].str.replace("T", " ")
+    frame = frame.assign(when=when, who=frame["user"], photo=frame["id"].map(names), said=said)
+    return frame.set_index("when")[["who", "photo", "said"]]

@@ -22,11 +22,20 @@ from ..tracking.tracker import TrackedRun, Tracker, open_tracker
 __all__ = ['merge']
 
 # %% ../../notebooks/52_merge.ipynb #0b569004
-def merge(name: str, settings: Settings, tracker: Tracker, run: TrackedRun, force: bool = False) -> tuple[Dataset, bool, list[Answer]]:
-    "Log what people said as the next version of `NAME-dataset`; returns the newest version, whether it is new, and what came of each answer. Raises `UserError`."
+def merge(
+    name: str,             # of the recipe
+    settings: Settings,
+    tracker: Tracker,
+    run: TrackedRun,              # that the version is made by
+    force: bool = False,   # however few images are new
+) -> tuple[Dataset, bool, list[Answer]]:   # the newest version, whether it is new, what came of each answer
+    "Log what people said as the next version of `NAME-dataset`; raises `UserError`."
     store, answers = Store(name, settings), []
     def write(folder: Path, parent: Dataset | None) -> Dataset:
-        if parent is None: raise UserError(f"recipe {name!r} has no dataset yet; `loopbook run download -p recipe {name}` makes one")
-        answers[:] = weigh(parent, store.standing(), lambda ids: ((i, store.image(i)) for i in ids), settings.feedback, force)
+        if parent is None:
+            raise UserError(f"recipe {name!r} has no dataset yet; `loopbook run download -p recipe {name}` makes one")
+        answers[:] = weigh(parent, store.standing(), lambda ids: ((i, store.image(i)) for i in ids),
+                           settings.feedback, force)
         return write_merged(folder, parent, answers, store.image, settings)
-    return *add_version(name, settings, tracker, run, write), answers
+    data, is_new = add_version(name, settings, tracker, run, write)
+    return data, is_new, answers

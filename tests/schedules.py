@@ -78,6 +78,7 @@ def left() -> list:
     home = os.environ["LOOPBOOK_HOME"]
     def theirs(p):
         try:
-            return p.environ().get("LOOPBOOK_HOME") == home and p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE
+            alive = p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE
+            return p.environ().get("LOOPBOOK_HOME") == home and alive
         except psutil.Error: return False
     return [p.cmdline() for p in psutil.process_iter() if theirs(p)]

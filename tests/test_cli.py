@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
 LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
@@ -28,8 +29,8 @@ def notebook(tmp_path):
 def test_run(home, notebook):
     done = loopbook("run", notebook, "-p", "x", "-4", "-p", "flag", "false", "--json")
     record = json.loads(done.stdout)
-    assert done.returncode == 0 and record["status"] == "completed" and record["parameters"] == {"x": -4.0,
-                                                                                                 "flag": False}
+    assert done.returncode == 0 and record["status"] == "completed"
+    assert record["parameters"] == {"x": -4.0, "flag": False}
     assert record["step"] == "invert" and record["seconds"] > 0
     assert Path(record["folder"], "log.txt").read_text() == "-0.25 False\n" and "completed" in done.stderr
     plain = loopbook("run", notebook)
@@ -38,27 +39,30 @@ def test_run(home, notebook):
 
 def test_a_step_waits_for_who_is_writing_and_another_notebook_does_not(home, notebook):
     step = notebook.rename(notebook.with_name("31_train.ipynb"))
-    held = "import sys; from nbs_lib.runs.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
+    held = ("import sys; from nbs_lib.runs.writer import writer\n"
+            "with writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as holder:
         holder.stdout.readline()
         assert loopbook("run", step.rename(notebook)).returncode == 0
         with subprocess.Popen([*LOOPBOOK, "run", notebook.rename(step)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as waiting:
-            assert "the loop of somebody" in (said := waiting.stderr.readline()) and said.endswith("is writing here; "
-                                                                                                   "waiting\n")
+            assert "the loop of somebody" in (said := waiting.stderr.readline())
+            assert said.endswith("is writing here; waiting\n")
             assert waiting.poll() is None and len(json.loads(loopbook("runs", "--json").stdout)) == 1
             holder.stdin.close()
             waiting.communicate(timeout=60)
-    assert waiting.returncode == 0 and [r["step"] for r in json.loads(loopbook("runs", "--json").stdout)] == ["train",
-                                                                                                              "invert"]
+    assert waiting.returncode == 0
+    assert [r["step"] for r in json.loads(loopbook("runs", "--json").stdout)] == ["train", "invert"]
 
 
 def test_failed_run(home, notebook):
     done = loopbook("run", notebook, "-p", "x", "0", "--json")
     record = json.loads(done.stdout)
-    assert done.returncode == 1 and record["status"] == "failed" and record["error"] == "ZeroDivisionError: float division by zero"
-    assert "ZeroDivisionError: float division by zero" in done.stderr and record["folder"] in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and record["status"] == "failed"
+    assert record["error"] == "ZeroDivisionError: float division by zero"
+    assert "ZeroDivisionError: float division by zero" in done.stderr and record["folder"] in done.stderr
+    assert "Traceback" not in done.stderr
     listed = json.loads(loopbook("runs", "--json").stdout)
     assert [r["id"] for r in listed] == [record["id"]] and "ZeroDivisionError" in loopbook("runs").stdout
 
@@ -82,14 +86,16 @@ def test_mistakes(home, notebook, tmp_path, words, said):
 def test_wrong_settings(home, notebook):
     (home / "settings.ini").write_text("[train]\nepochs = ten\n")
     done = loopbook("models")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "epochs" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "epochs" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_usage(home, notebook):
     for words in (["run"], ["run", notebook, "-p", "x"], ["jump"], ["predict", "a.png", "--top", "0"],
                   ["models", "--jsn"]):
         done = loopbook(*words)
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: "), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
         assert "--help`" in done.stderr, words
     alone = loopbook()
     assert "rollback" in alone.stdout and alone.stderr == ""
@@ -114,8 +120,34 @@ def test_empty_lists(home):
         assert json.loads(loopbook(*words, "--json").stdout) == [] and "loopbook loop" in loopbook(*words).stdout
 
 
+MADE = """
+import tempfile
+from pathlib import Path
+from small_data import small_dataset
+from nbs_lib.core.settings import load_settings
+from nbs_lib.data.versions import add_version
+from nbs_lib.tracking.tracker import open_tracker
+settings, tracker = load_settings(), open_tracker()
+with tracker.start("faces-download", "download") as run:
+    def write(folder, parent): return small_dataset(folder, 12, ("red", "blue", "green"))
+    add_version("faces", settings, tracker, run, write)
+"""
+
+
+def test_datasets_show_their_targets(home):
+    (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-c", MADE], check=True, env=env)
+    lines = loopbook("datasets").stdout.splitlines()
+    assert "targets (classes)" in lines[0] and "faces-dataset:v0" in lines[1] and "colour (3)" in lines[1]
+    assert " 12 " in lines[1]
+    [version] = json.loads(loopbook("datasets", "--json").stdout)
+    assert version["ref"] == "faces-dataset:v0" and version["metadata"]["classes"] == {"colour": 3}
+
+
 def test_help_is_light(home):
-    code = "import sys; sys.argv = ['loopbook', '--help']\nfrom nbs_lib.cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = ("import sys; sys.argv = ['loopbook', '--help']\nfrom nbs_lib.cli.main import main\n"
+            "try: main()\nfinally: print(*sys.modules, file=sys.stderr)")
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split()
     assert len(loaded) > 100 and not {"torch", "pandas", "numpy", "papermill", "wandb", "trackio", "matplotlib",
                                       "nbs_lib.tracking.tracker"} & set(loaded)
@@ -130,14 +162,17 @@ from nbs_lib.models.backbone import create_backbone, preprocessing_of
 from nbs_lib.tracking.promotion import promote
 from nbs_lib.models.classifier import Network, save_model
 from nbs_lib.tracking.tracker import open_tracker
-tracker, card = open_tracker(), {"backbone": "resnet10t", "mode": "finetune", "temperature": {"label": 1.0, "beard": 1.0}}
+tracker, calm = open_tracker(), {"label": 1.0, "beard": 1.0}
+card = {"backbone": "resnet10t", "mode": "finetune", "temperature": calm}
+classes = {"label": ["[red]cat", "dog", "owl"], "beard": ["no", "yes"]}
 with tracker.start("train", "train") as run:
     for seed in (0, 1):
         torch.manual_seed(seed)
         net, folder = create_backbone("resnet10t", pretrained=False), pathlib.Path(tempfile.mkdtemp())
         how = preprocessing_of(net, 64)
-        save_model(folder, Network(net, how, {"label": ["[red]cat", "dog", "owl"], "beard": ["no", "yes"]}).eval(), how, card)
-        version = run.log_artifact("faces-model", "model", folder, {"accuracy": {"label": 0.91}, "backbone": "resnet10t"}, aliases=("candidate",))
+        save_model(folder, Network(net, how, classes).eval(), how, card)
+        known = {"accuracy": {"label": 0.91}, "backbone": "resnet10t"}
+        version = run.log_artifact("faces-model", "model", folder, known, aliases=("candidate",))
         if seed == 0: promote(tracker, "faces-model", version.version)
 """
 
@@ -189,12 +224,12 @@ def test_predict_as_json(home, trained, photos):
         "z.jpg", "a.jpg", "broken.jpg", "z.jpg", "deep/[red]0.png", "deep/[red]1.png", "deep/[red]2.png"]
     assert said[2].keys() == {"path", "model", "error"} and "broken.jpg" in done.stderr and done.stderr.count("\n") == 1
     for row in said[:2] + said[3:]:
-        assert row.keys() == {"path", "model",
-                              "targets"} and row["model"].startswith("faces-model:v") and list(row["targets"]) == ["label", "beard"]
+        assert row.keys() == {"path", "model", "targets"} and row["model"].startswith("faces-model:v")
+        assert list(row["targets"]) == ["label", "beard"]
         for target in row["targets"].values():
             assert target.keys() == {"class", "probability", "top"} and len(target["top"]) == 2
-            assert target["top"][0] == [target["class"],
-                                        target["probability"]] and target["top"][0][1] >= target["top"][1][1]
+            assert target["top"][0] == [target["class"], target["probability"]]
+            assert target["top"][0][1] >= target["top"][1][1]
         assert abs(sum(p for _, p in row["targets"]["beard"]["top"]) - 1) < 1e-5
     assert said[0]["targets"] == said[3]["targets"]
 
@@ -208,7 +243,8 @@ def test_predict_as_a_table(home, trained, photos):
 
 def test_nothing_but_broken_files_is_an_error_with_all_reasons(home, trained, photos):
     unread = loopbook("predict", photos / "broken.jpg", photos / "notes.txt", LOOPBOOK_HOME=trained)
-    assert unread.returncode == 2 and unread.stdout == "" and unread.stderr.count("error: ") == 2 and "Traceback" not in unread.stderr
+    assert unread.returncode == 2 and unread.stdout == "" and unread.stderr.count("error: ") == 2
+    assert "Traceback" not in unread.stderr
     told = loopbook("predict", photos / "broken.jpg", "--json", LOOPBOOK_HOME=trained)
     assert told.returncode == 2 and [row.keys() for row in json.loads(told.stdout)] == [{"path", "model", "error"}]
 
@@ -224,8 +260,8 @@ def test_predict_into_a_file(home, trained, photos, tmp_path, name):
     assert list(table) == ["path", "model", "label.class", "label.probability", "beard.class", "beard.probability",
                            "error"]
     said = json.loads(loopbook("predict", photos, "--json", LOOPBOOK_HOME=trained).stdout)
-    assert list(table["path"]) == [row["path"] for row in said] and list(table["error"].notna()) == ["error" in row
-                                                                                                     for row in said]
+    assert list(table["path"]) == [row["path"] for row in said]
+    assert list(table["error"].notna()) == ["error" in row for row in said]
     good, told = table[table["error"].isna()], [row["targets"]["label"] for row in said if "targets" in row]
     assert list(good["label.class"]) == [t["class"] for t in told]
     assert all(abs(p - t["probability"]) < 1e-9 for p, t in zip(good["label.probability"], told, strict=True))
@@ -237,7 +273,8 @@ def test_predict_into_a_file(home, trained, photos, tmp_path, name):
 def test_a_place_that_cannot_be_written_is_told_in_one_line(home, trained, photos, tmp_path, out, said):
     (tmp_path / "folder.csv").mkdir()
     done = loopbook("predict", photos, "--out", tmp_path / out, LOOPBOOK_HOME=trained)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: "), done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_file_name_that_is_no_text(home, trained, photos, tmp_path):
@@ -246,5 +283,5 @@ def test_a_file_name_that_is_no_text(home, trained, photos, tmp_path):
     except OSError: pytest.skip("this file system has no such names")
     assert "caf" in loopbook("predict", photos, LOOPBOOK_HOME=trained).stdout
     assert "caf" in loopbook("predict", photos, "--json", LOOPBOOK_HOME=trained).stdout
-    assert loopbook("predict", photos, "--out", tmp_path / "said.csv",
-                    LOOPBOOK_HOME=trained).returncode == 0 and "caf" in (tmp_path / "said.csv").read_text()
+    assert loopbook("predict", photos, "--out", tmp_path / "said.csv", LOOPBOOK_HOME=trained).returncode == 0
+    assert "caf" in (tmp_path / "said.csv").read_text()

@@ -1,4 +1,4 @@
-"""Jobs: what a file may say, how its mistakes are told, and when it is due, across days that are 23 or 25 hours long."""
+"""Jobs: what a file may say, how its mistakes are told, and when it is due, on days of 23 and of 25 hours too."""
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -8,7 +8,10 @@ from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
 from nbs_lib.core.errors import UserError
-from nbs_lib.schedule.jobs import Job, count_slots, last_slot, next_slot, read_job
+from nbs_lib.core.settings import load_settings
+from nbs_lib.runs.execute import find_notebook
+from nbs_lib.runs.records import step_name
+from nbs_lib.schedule.jobs import Job, count_slots, last_slot, locate, next_slot, read_job
 
 
 @pytest.fixture
@@ -90,7 +93,8 @@ def test_yamls_own_ideas_of_on_and_of_times_do_no_harm(read):
 ])
 def test_a_mistake_is_told_with_file_line_and_key(read, home, text, told):
     with pytest.raises(UserError) as error: read(text)
-    assert str(home / "scheduled" / "nightly.yaml") in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    assert str(home / "scheduled" / "nightly.yaml") in str(error.value) and told in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_names_and_bytes_that_are_no_job(read, home):
@@ -117,6 +121,17 @@ def test_the_jobs_that_ship(home):
     assert {n for n, j in shipped.items() if j.writes} == {"watch", "source", "evaluate"}
     assert all(len([line for line in f.read_text().splitlines() if line.strip()]) <= 8
                for f in (ROOT / "scheduled").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name, step", [
+    *((name, name) for name in ("feedback", "digest", "retention", "label_errors", "merge", "download", "schedule")),
+    ("33_train", "train"), ("33_train.ipynb", "train"), ("60_digest.ipynb", "digest")])
+def test_steps_by_their_names_and_by_file_names_that_they_once_had(read, home, name, step):
+    job = read(f"notebook: {name}\ndaily: 05:30\n")
+    file = locate(job.notebook, load_settings())
+    assert job.notebook == name and step_name(file) == step and file.parent == ROOT / "notebooks"
+    assert file == find_notebook(name)
+    assert job.writes == (step in ("download", "merge", "train"))
 
 
 def utc(text: str) -> datetime: return datetime.fromisoformat(text).replace(tzinfo=UTC)
@@ -149,11 +164,11 @@ def test_slots_are_the_same_from_all_sides(when, start):
     step = timedelta(minutes=1 if "every" not in when else 7)
     seen, at = [], first
     while (at := next_slot(some, at)) < first + timedelta(days=4): seen.append(at)
-    assert seen == sorted(set(seen)) and count_slots(some, first, first + timedelta(days=4)) in (len(seen),
-                                                                                                 len(seen) + 1)
+    assert seen == sorted(set(seen))
+    assert count_slots(some, first, first + timedelta(days=4)) in (len(seen), len(seen) + 1)
     for slot in seen:
-        assert last_slot(some, slot) == slot and last_slot(some, slot + minute) == slot and next_slot(some,
-                                                                                                      slot - timedelta(seconds=1)) == slot
+        assert last_slot(some, slot) == slot and last_slot(some, slot + minute) == slot
+        assert next_slot(some, slot - timedelta(seconds=1)) == slot
         assert slot not in (last_slot(some, slot - timedelta(seconds=1)), next_slot(some, slot))
     at = first
     while at < first + timedelta(days=3):

@@ -26,7 +26,8 @@ import os, pathlib, tempfile
 from nbs_lib.tracking.tracker import open_tracker
 folder = pathlib.Path(tempfile.mkdtemp())
 (folder / "rows.txt").write_text(pathlib.Path(os.environ["LOOPBOOK_HOME"], "rows.txt").read_text())
-with open_tracker().start("fetch", "download") as run: run.log_artifact(f"{recipe}-dataset", "dataset", folder, {"rows": 3})
+with open_tracker().start("fetch", "download") as run:
+    run.log_artifact(f"{recipe}-dataset", "dataset", folder, {"rows": 3})
 """
 FIT = """
 import os, pathlib, tempfile
@@ -77,8 +78,8 @@ def test_skips_what_has_not_changed(steps, home, monkeypatch):
     first = run_loop(on_step=lambda name, run: seen.append((name, run and run.status)))
     assert statuses(first) == ["completed"] * 3 and first.status == "completed", [r.error for r in first.steps]
     assert seen == [(n, s) for n in ("fetch", "fit", "judge") for s in (None, "completed")]
-    assert {r.group for r in first.steps} == {first.group} == {r.group
-                                                               for r in records.recent()} and first.recipe == "faces"
+    assert {r.group for r in first.steps} == {first.group} == {r.group for r in records.recent()}
+    assert first.recipe == "faces"
     assert first.steps[1].inputs == first.steps[0].outputs != []
 
     again = run_loop()
@@ -109,14 +110,15 @@ def test_unknown_recipe(home):
 def test_stops_at_the_first_failure_and_goes_on_from_there(steps):
     steps("31_fit.ipynb", "raise OSError('no space')")
     loop = run_loop()
-    assert statuses(loop) == ["completed",
-                              "failed"] and loop.status == "failed" and loop.steps[1].error == "OSError: no space"
+    assert statuses(loop) == ["completed", "failed"] and loop.status == "failed"
+    assert loop.steps[1].error == "OSError: no space"
     steps("31_fit.ipynb", FIT, "recipe: str = ''\nrate: float = 1.0")
     assert statuses(run_loop()) == ["skipped", "completed", "completed"]
 
 
 def test_one_at_a_time(steps, home):
-    code = "import time; from nbs_lib.runs.writer import writer\nwith writer('20261121T053000-loop-a1b2'): print('held', flush=True); time.sleep(60)"
+    code = ("import time; from nbs_lib.runs.writer import writer\n"
+            "with writer('20261121T053000-loop-a1b2'): print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         began = time.monotonic()
@@ -295,6 +297,6 @@ def test_records_of_a_time_when_steps_were_known_by_their_path(home):
     db.close()
     assert [r.known_as for r in records.recent()] == ["/somewhere/my.ipynb", "train"]
     train = ROOT / "notebooks" / "20_train.ipynb"
-    assert records.last_success(train, recipe="faces").id == "2026-0" and records.last_success(train,
-                                                                                               recipe="birds") is None
+    assert records.last_success(train, recipe="faces").id == "2026-0"
+    assert records.last_success(train, recipe="birds") is None
     assert records.begin(train).known_as == "train" and len(records.recent(known_as="train")) == 2

@@ -10,8 +10,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-# noqa: F401  fixtures
-from schedules import CLI, START, clock, define, five_minutes_later, go, here, left, planned, until, write
+from schedules import (  # noqa: F401  fixtures
+    CLI,
+    START,
+    clock,
+    define,
+    five_minutes_later,
+    go,
+    here,
+    left,
+    planned,
+    until,
+    write,
+)
 from small_data import picture
 from test_loop import steps  # noqa: F401  a fixture
 
@@ -34,6 +45,17 @@ def test_a_run_has_its_job_and_slot_in_its_record(here):
     assert "started by job:greet@" in (Path(run.folder) / "hello.html").read_text()
 
 
+def test_clearing_up_is_a_job_too(here):
+    (here / "settings.ini").write_text("[tracking]\nbackend = trackio\n[retention]\nkeep_days = 0\nkeep_runs = 0\n")
+    old = [records.finish(records.begin(here / "old.ipynb").id, "failed") for _ in range(2)]
+    define(here, "tidy", notebook="retention", every="1d", parameters="{dry_run: false}")
+    assert run_now("tidy").wait(300) == 0
+    [slot], run = slots.history(), records.recent()[0]
+    assert (slot.status, run.step, run.status) == ("completed", "retention", "completed")
+    assert run.parameters == {"dry_run": False}
+    assert not any(Path(r.folder).exists() for r in old) and "Went" in (Path(run.folder) / "retention.html").read_text()
+
+
 def test_failures_are_tried_again_with_longer_and_longer_waits(here):
     define(here, "fails", notebook="bad.ipynb", every="1d", retries=2, backoff="1s")
     said, waits = [], []
@@ -44,8 +66,10 @@ def test_failures_are_tried_again_with_longer_and_longer_waits(here):
     [slot] = slots.history()
     assert (slot.status, slot.attempt, slot.reason) == ("failed", 3, "ZeroDivisionError: division by zero")
     begun = [datetime.fromisoformat(r.started_at) for r in reversed(records.recent())]
-    assert len(begun) == 3 and begun[1] - begun[0] >= timedelta(seconds=1) and begun[2] - begun[1] >= timedelta(seconds=2)
-    assert waits[0] <= 1 and said[0] == "fails: started again (1 of 2 retries)" and said[-1] == "fails: failed: ZeroDivisionError: division by zero"
+    assert len(begun) == 3 and begun[1] - begun[0] >= timedelta(seconds=1)
+    assert begun[2] - begun[1] >= timedelta(seconds=2)
+    assert waits[0] <= 1 and said[0] == "fails: started again (1 of 2 retries)"
+    assert said[-1] == "fails: failed: ZeroDivisionError: division by zero"
 
 
 def test_too_many_failures_in_a_row_pause_a_job(here, clock):
@@ -59,7 +83,8 @@ def test_too_many_failures_in_a_row_pause_a_job(here, clock):
         return len(planned())
     assert [slot_that_is(s) for s in ("failed", "completed", "failed", "failed", "completed", "completed")] == [1, 2, 3,
                                                                                                                 4, 4, 4]
-    assert slots.states()["fails"].paused == "failed 2 times in a row, the last time: no network" and job_table()[0]["next"] is None
+    assert slots.states()["fails"].paused == "failed 2 times in a row, the last time: no network"
+    assert job_table()[0]["next"] is None
     slots.resume("fails", datetime.now(UTC))
     assert [slot_that_is("completed") for _ in range(2)] == [5, 6] and job_table()[0]["next"]
     with pytest.raises(UserError, match="did you mean 'fails'"): slots.resume("fail", START)
@@ -77,8 +102,8 @@ def test_two_daemons_on_one_home_run_each_slot_once(here):
     done = [s for s in slots.history(1000) if s.status == "completed"]
     per_slot = Counter(r.trigger for r in records.recent(1000) if r.status == "completed")
     assert per_slot == Counter(s.trigger for s in done) and set(per_slot.values()) == {1}
-    assert all(s.status in ("completed", "missed", "due") for s in slots.history(1000)) and not any("rror" in s
-                                                                                                    for s in said), said
+    assert all(s.status in ("completed", "missed", "due") for s in slots.history(1000)), said
+    assert not any("rror" in s for s in said), said
 
 
 def test_a_run_that_takes_too_long_is_ended(here):
@@ -123,7 +148,8 @@ def test_who_writes_waits_visibly_and_who_reads_does_not(here):
     daemon, now = Daemon(lambda line: None), datetime.now(UTC)
     daemon.plan()
     for name in ("writes", "reads"): slots.add_slot(daemon.folder.jobs[name], now)
-    other = "import sys; from nbs_lib.runs.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
+    other = ("import sys; from nbs_lib.runs.writer import writer\n"
+             "with writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as holder:
         holder.stdout.readline()
@@ -200,8 +226,9 @@ def test_a_damaged_schedule_is_told_and_a_new_one_begins_when_it_is_moved_away(h
     for name in here.glob("outputs/schedule.sqlite*"): name.unlink()
     file.write_bytes(b"no database" * 1000)
     clock.shift(300)
-    with pytest.raises(UserError,
-                       match="schedule.sqlite: the schedule cannot be kept there .*move a damaged file away"): daemon.plan()
+    said = "schedule.sqlite: the schedule cannot be kept there .*move a damaged file away"
+    with pytest.raises(UserError, match=said):
+        daemon.plan()
     file.unlink()
     for _ in range(2):
         daemon.plan()
@@ -227,7 +254,8 @@ def test_a_loop_runs_once_for_each_new_dataset_version_and_word(steps, home, tmp
             run.log_artifact("faces-dataset", "dataset", tmp_path / "data", {})
         (home / "rows.txt").write_text(f"from outside, {n}")
         seen = done(job)
-        assert seen.status == "completed" and seen.mark["dataset"] == f"faces-dataset:v{n}" and seen.result == "keep: too [bold]few[/bold]"
+        assert seen.status == "completed" and seen.mark["dataset"] == f"faces-dataset:v{n}"
+        assert seen.result == "keep: too [bold]few[/bold]"
         assert {r.trigger for r in records.recent()} == {"test"}
         slots.remember(job, seen.mark)
         assert done(job).status == "skipped", "the gate has refused, and that was that"

@@ -3,8 +3,18 @@
 from datetime import UTC, datetime
 
 import pytest
-# noqa: F401  fixtures
-from schedules import CLI, START, clock, define, five_minutes_later, go, here, planned, until, write
+from schedules import (  # noqa: F401  fixtures
+    CLI,
+    START,
+    clock,
+    define,
+    five_minutes_later,
+    go,
+    here,
+    planned,
+    until,
+    write,
+)
 from test_loop import steps  # noqa: F401  a fixture
 
 from nbs_lib.core.errors import UserError
@@ -65,9 +75,8 @@ def test_missed_slots_are_caught_up_once_or_not_at_all(here, clock, catch_up, st
     assert len(slots.history()) == 2
     clock.shift(3600 - 3 * 60 + 20)
     Daemon().plan()
-    assert len(slots.history(job="hourly")) == 2 and slots.history(job="hourly")[0].status == ("missed"
-                                                                                               if catch_up == "one"
-                                                                                               else "due")
+    assert len(slots.history(job="hourly")) == 2
+    assert slots.history(job="hourly")[0].status == ("missed" if catch_up == "one" else "due")
 
 
 def test_a_slot_of_a_minute_ago_is_not_missed(here, clock):
@@ -110,8 +119,8 @@ def test_a_run_that_is_still_going_is_not_started_again(here, clock):
     slots.take(token)
     clock.shift(300)
     daemon.plan()
-    assert planned() == [("11-21T10:05", "running"),
-                         ("11-21T10:10", "missed")] and "10:05:00Z was not over" in slots.history()[0].reason
+    assert planned() == [("11-21T10:05", "running"), ("11-21T10:10", "missed")]
+    assert "10:05:00Z was not over" in slots.history()[0].reason
     slots.end_attempt(token, "completed")
     clock.shift(300)
     daemon.plan()
@@ -130,7 +139,8 @@ def test_files_are_read_again_and_mistakes_are_told(here, clock):
     assert set(daemon.folder.jobs) == {"a"} and len(said) == 1 and "broken.yaml:2: every: '5'" in said[0]
     file.write_text("notebook: hello.ipynb\nevry: 1h\n")
     daemon.plan(), daemon.plan()
-    assert daemon.folder.jobs["a"].every == 300 and len(said) == 2 and "did you mean 'every'?; a goes on as it was" in said[1]
+    assert daemon.folder.jobs["a"].every == 300 and len(said) == 2
+    assert "did you mean 'every'?; a goes on as it was" in said[1]
     again = Daemon(said.append)
     again.plan()
     assert again.folder.jobs["a"].every == 300, "its last good version, also after a restart"

@@ -11,7 +11,16 @@ from urllib.parse import urljoin
 import pytest
 from browsers import browser, chromium, jupyterlab, open_notebook, shoot
 from conftest import ROOT
-from schedules import CLI, START, clock, define, here, planned, until, write  # noqa: F401  fixtures
+from schedules import (  # noqa: F401  fixtures
+    CLI,
+    START,
+    clock,
+    define,
+    here,
+    planned,
+    until,
+    write,
+)
 from test_loop import steps  # noqa: F401  a fixture
 
 from nbs_lib.runs import records
@@ -35,14 +44,15 @@ def test_commands(here):
     assert {s["job"]: s["status"] for s in found} == {"greet": "completed", "fails": "failed"}
     listed = loopbook("schedule", "--list")
     assert "every 1s" in listed and "ZeroDivisionError" in listed and "no daemon is running here" in listed
-    assert "runs again" in loopbook("schedule", "--resume", "greet") and "did you mean 'greet'" in loopbook("schedule",
-                                                                                                            "--resume",
-                                                                                                            "gret", code=2)
+    assert "runs again" in loopbook("schedule", "--resume", "greet")
+    assert "did you mean 'greet'" in loopbook("schedule", "--resume", "gret", code=2)
     assert "nothing new" in loopbook("watch", "--once")
     assert "job:greet@" in loopbook("runs")
 
 
-def test_the_panel(here):
+def test_the_panel(here, monkeypatch):
+    (here / "notebooks").mkdir()
+    monkeypatch.chdir(here / "notebooks")                              # where JupyterLab runs a kernel of that folder
     define(here, "greet", every="1d")
     define(here, "broken", every="5")
     panel = Panel()
@@ -54,7 +64,7 @@ def test_the_panel(here):
     until(lambda: not (panel.update(), panel.started)[1])
     assert any(t.startswith("completed") for t in texts())
     table = panel.table.outputs[0]["data"]["text/markdown"]
-    assert "| completed |" in table and f"[report]({os.path.relpath(records.recent()[0].folder)}/hello.html)" in table
+    assert "| completed |" in table and f"[report](../outputs/{records.recent()[0].id}/hello.html)" in table
     panel.rows["broken"][-1].click()
     assert "is not a length of time" in panel.said.value
 
@@ -71,8 +81,8 @@ def test_the_digest_is_readable_with_and_without_anything_to_tell(here, with_dat
     run = run_notebook("digest")
     assert run.status == "completed", run.error
     page = (Path(run.folder) / "digest.html").read_text()
-    assert run.summary["runs"] == run.summary["failed"] == with_data and run.summary["paused"] == (["sick"]
-                                                                                                   if with_data else [])
+    assert run.summary["runs"] == run.summary["failed"] == with_data
+    assert run.summary["paused"] == (["sick"] if with_data else [])
     assert ("ZeroDivisionError" in page
             and "no network" in page) if with_data else "no run failed, and no job is paused" in page
 

@@ -174,8 +174,8 @@ def test_a_report_whose_links_lead_there(lived):
 def test_links_in_jupyterlab(lived):
     page = executed(ROOT / "notebooks")
     check(page, lived)
-    assert "lies outside the folder" in page and not any("outputs" in a
-                                                         for a in links(page)) and f"<code>{lived / 'settings.ini'}</code>" in page
+    assert "lies outside the folder" in page and not any("outputs" in a for a in links(page))
+    assert f"<code>{lived / 'settings.ini'}</code>" in page
     assert all((ROOT / "notebooks" / a).exists() for a in links(page))
     (lived / "notebooks").mkdir()                          # as where the home is the folder that JupyterLab serves
     shutil.copy(START, lived / "notebooks")

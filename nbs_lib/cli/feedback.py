@@ -53,8 +53,9 @@ def _classes(labels: dict) -> str: return ", ".join(f"{t} {c}" for t, c in label
 @feedback.command(epilog="Examples:  loopbook feedback add *.jpg --label cat --user ann  ·  loopbook feedback add "
                          "a.png --label hair=red --label beard=no")
 def add(paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-        label: Annotated[list[str] | None, typer.Option("--label", metavar="L",
-                                                        help="Their class, or TARGET=CLASS; none: to be looked at.")] = None,
+        label: Annotated[list[str] | None,
+                         typer.Option("--label", metavar="L",
+                                      help="Their class, or TARGET=CLASS; none: to be looked at.")] = None,
         user: User = None, recipe: RecipeName = None, as_json: Json = False):
     "Take images in, with a label that holds for all of them or to be looked at."
     from nbs_lib.feedback.exchange import add_files, known_classes
@@ -66,8 +67,9 @@ def add(paths: Annotated[list[Path], typer.Argument(help="Images, or folders of 
                          "photos/ --labels said.csv")
 def import_(path: Annotated[Path, typer.Argument(metavar="FOLDER_OR_ZIP",
                                                  help="Class folders, or images beside a labels.csv.")],
-            labels: Annotated[Path | None, typer.Option("--labels", metavar="CSV",
-                                                        help="A table elsewhere: file_name and one column a target.")] = None,
+            labels: Annotated[Path | None,
+                              typer.Option("--labels", metavar="CSV",
+                                           help="A table elsewhere: file_name and one column a target.")] = None,
             user: User = None, recipe: RecipeName = None, as_json: Json = False):
     "Take in a folder or zip of labelled images; again adds nothing."
     from nbs_lib.feedback.exchange import import_folder, known_classes
@@ -81,7 +83,9 @@ def stats(recipe: RecipeName = None, as_json: Json = False):
     found = _store(recipe).stats()
     if as_json: return print_json(found)
     def show(title, unit, counts):
-        if counts: table([title, unit], [(k, f"{n:,}") for k, n in counts.items()]); print()
+        if not counts: return
+        table([title, unit], [(k, f"{n:,}") for k, n in counts.items()])
+        print()
     show(found["recipe"], "images", {k: n for k, n in found.items() if isinstance(n, int)})
     show("verdict", "answers", found["verdicts"])
     show("user", "answers", found["users"])
@@ -116,8 +120,8 @@ def label(port: Annotated[int, typer.Option(metavar="P", min=0, max=65535,
                                                  "token.")] = "127.0.0.1",
           no_token: Annotated[bool, typer.Option("--no-token", help="Let everyone on this machine in.")] = False,
           recipe: RecipeName = None, as_json: Json = False):
-    """Serve the labelling page; people open its address, give their name and begin. `&user=ANN` in the address is a
-    name, too."""
+    ("Serve the labelling page; people open its address, give their name and begin. "
+     "`&user=ANN` in the address is a name, too.")
     token = "" if no_token else label_token()
     from nbs_lib.web.label_page import serve
     from nbs_lib.core.settings import load_settings, use_recipe

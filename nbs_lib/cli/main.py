@@ -10,12 +10,22 @@ import sys
 
 import typer
 
-# importing them is what adds their commands, in this order
-from . import runs, models, feedback, schedule
+# importing them is what adds their commands
+from . import runs, models, feedback, schedule  # noqa: F401
 from .terminal import app
 
 # %% auto #0
-__all__ = ['Usage', 'main']
+__all__ = ['ORDER', 'Usage', 'main']
+
+# %% ../../notebooks/library/cli/05_main.ipynb #4cec52b0
+ORDER = ("run", "loop", "runs", "datasets", "models", "dashboard", "promote", "rollback", "predict", "label", "merge",
+         "schedule", "watch", "logs", "prune")
+
+def _place(command) -> int:
+    "The command's place in the help."
+    return ORDER.index(command.callback.__name__)
+
+app.registered_commands.sort(key=_place)
 
 # %% ../../notebooks/library/cli/05_main.ipynb #5b64dd58
 # typer's errors in what was typed; it does not export their name

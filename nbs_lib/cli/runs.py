@@ -53,8 +53,8 @@ def run(notebook: Annotated[str,
     from nbs_lib.runs.execute import find_notebook, run_notebook
     from nbs_lib.runs.writer import writer
     def waits(reason): print(f"{reason}; waiting", file=sys.stderr)
-    with writer(f"a run of {notebook}", told=waits) if writes(notebook) else nullcontext(), progress() as (on_step,
-                                                                                                           on_cell):
+    alone = writer(f"a run of {notebook}", told=waits) if writes(notebook) else nullcontext()
+    with alone, progress() as (on_step, on_cell):
         on_step(find_notebook(notebook).stem, None)
         done = run_notebook(notebook, dict(p.split("=", 1) for p in parameter or []), kernel, timeout, texts=True,
                             on_cell=on_cell)

@@ -82,8 +82,8 @@ def progress() -> Iterator[tuple[Callable, Callable]]:
     "Callbacks for steps and cells: a moving line per step on a terminal, and one that stays when it has ended."
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     screen = console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}",
-                                          markup=False), BarColumn(), TextColumn("cell"), MofNCompleteColumn(), TimeElapsedColumn()
+    step = TextColumn("{task.description}", markup=False)
+    columns = SpinnerColumn(), step, BarColumn(), TextColumn("cell"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal,
                   redirect_stdout=False) as bar:
         task = bar.add_task("", total=None, visible=False)

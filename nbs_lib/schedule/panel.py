@@ -96,7 +96,8 @@ def update(self: Panel) -> None:
     "Show how things are."
     self.started = [p for p in self.started if p.poll() is None]
     recover(datetime.now(UTC))
-    self.daemon.value = "" if daemon_is_running() else "No daemon is running here; <code>loopbook schedule</code> starts one."
+    asleep = "No daemon is running here; <code>loopbook schedule</code> starts one."
+    self.daemon.value = "" if daemon_is_running() else asleep
     jobs = job_table(self.folder)
     for job in jobs: self.fill(job)
     wanted = (*self.heads, *(cell for job in jobs for cell in self.rows[job["job"]]))

@@ -22,9 +22,9 @@ from ..runs import records
 from .jobs import Job, count_slots, last_slot
 
 # %% auto #0
-__all__ = ['OPEN', 'COLUMNS', 'KEPT', 'SCHEMA', 'LATE', 'LEASE', 'Slot', 'State', 'stamp', 'sync', 'plan_slots', 'add_slot',
-           'due', 'claim', 'renew', 'take', 'note', 'drop', 'give_back', 'end_attempt', 'resume', 'remember', 'recall',
-           'expire', 'kept', 'states', 'history', 'forget', 'lock_of']
+__all__ = ['OPEN', 'SLOT_COLUMNS', 'STATE_COLUMNS', 'SCHEDULE_TABLES', 'LATE', 'LEASE', 'Slot', 'State', 'stamp', 'sync',
+           'plan_slots', 'add_slot', 'due', 'claim', 'renew', 'take', 'note', 'drop', 'give_back', 'end_attempt',
+           'resume', 'remember', 'recall', 'expire', 'kept', 'states', 'history', 'forget', 'lock_of']
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #69e79497
 OPEN = ("due", "starting", "running")
@@ -77,11 +77,11 @@ def stamp(moment: datetime) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #9b2ef55e
-COLUMNS, KEPT = [f.name for f in fields(Slot)], [f.name for f in fields(State)]
-SCHEMA = f"""
+SLOT_COLUMNS, STATE_COLUMNS = [f.name for f in fields(Slot)], [f.name for f in fields(State)]
+SCHEDULE_TABLES = f"""
 pragma journal_mode = wal;
-create table if not exists slots ({', '.join(f'"{c}"' for c in COLUMNS)}, primary key (job, slot)) without rowid;
-create table if not exists jobs ({', '.join(KEPT)}, primary key (name)) without rowid;
+create table if not exists slots ({', '.join(f'"{c}"' for c in SLOT_COLUMNS)}, primary key (job, slot)) without rowid;
+create table if not exists jobs ({', '.join(STATE_COLUMNS)}, primary key (name)) without rowid;
 create table if not exists marks (key primary key, mark) without rowid;
 create index if not exists open on slots (status) where status in {OPEN};
 create index if not exists tokens on slots (token);
@@ -99,7 +99,7 @@ def _database() -> Iterator[sqlite3.Connection]:
         new = not file.exists()
         with closing(open_database(file, wait=30)) as db:
             if new or not db.execute("select 1 from sqlite_master where name = 'tokens'").fetchone():
-                db.executescript(SCHEMA)
+                db.executescript(SCHEDULE_TABLES)
             with transaction(db): yield db
 
 def _select(db, where: str, *values) -> list[Slot]:
@@ -134,7 +134,8 @@ def sync(
         db.executemany("update jobs set timing = 'gone' where name = ?", [(n,) for n in gone])
 
 def _insert(db, slot: Slot) -> Slot:
-    db.execute(f"insert into slots values ({', '.join('?' * len(COLUMNS))})", [getattr(slot, c) for c in COLUMNS])
+    db.execute(f"insert into slots values ({', '.join('?' * len(SLOT_COLUMNS))})",
+               [getattr(slot, c) for c in SLOT_COLUMNS])
     return slot
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #7b575e75
@@ -319,7 +320,8 @@ def history(limit: int = 50, **equal) -> list[Slot]:
 def forget(before: datetime, dry_run: bool = False) -> int:
     """Delete the slots before a moment, save those that are open and the last one of each job, or only count them;
     returns how many."""
-    old = f"slot < ? and status not in {OPEN} and slot < (select max(slot) from slots as later where later.job = slots.job)"
+    last = "(select max(slot) from slots as later where later.job = slots.job)"
+    old = f"slot < ? and status not in {OPEN} and slot < {last}"
     with _database() as db:
         if dry_run: return db.execute(f"select count(*) from slots where {old}", (stamp(before),)).fetchone()[0]
         return db.execute(f"delete from slots where {old}", (stamp(before),)).rowcount

@@ -78,16 +78,15 @@ def _look_and_loop(job, force: bool):
     "One look, and the loop if there is anything new; returns how it ended."
     from nbs_lib.runs import records
     from nbs_lib.schedule import slots
-    from nbs_lib.runs.messages import notify
-    from nbs_lib.runs.messages import messages
+    from nbs_lib.runs.messages import messages, send_messages
     from nbs_lib.schedule.attempts import attempt
     began = records.now()
     if force: job = job.model_copy(update={"parameters": job.parameters | {"force": True}})
     def told(reason): reason and _say(f"waits: {reason}")
     with progress() as (on_step, on_cell): found = attempt(job, "watch", told, slots.recall(job), on_step=on_step, on_cell=on_cell)
     if found.mark: slots.remember(job, found.mark)
-    for run in reversed([r for r in records.recent(20, trigger="watch") if r.started_at >= began]):
-        for message in messages(run): notify(**message)
+    made = [r for r in records.recent(20, trigger="watch") if r.started_at >= began]
+    send_messages(messages(*reversed(made)))
     return found
 
 # %% ../../notebooks/library/cli/04_schedule.ipynb #416d7dc8

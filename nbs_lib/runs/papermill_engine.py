@@ -55,7 +55,8 @@ class NotebookClient(PapermillNotebookClient):
     "papermill's client, for a run that can be stopped."
     def __init__(self, book, stop, **options):
         super().__init__(book, **options)
-        self.stop, self.printed = stop, Counter()
+        self.stop = stop
+        self.printed: Counter[int] = Counter()         # cell -> characters so far
 
     def start_new_kernel(self, **options):
         super().start_new_kernel(**options)

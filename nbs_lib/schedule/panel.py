@@ -8,9 +8,9 @@ from __future__ import annotations
 import html
 import os
 from datetime import UTC, datetime
-from pathlib import Path
 
 from ..runs import records
+from ..runs.index import duration, run_files
 from .attempts import recover
 from .daemon import Folder, awake, overview, run_now, short
 
@@ -20,15 +20,14 @@ __all__ = ['Panel']
 # %% ../../notebooks/library/schedule/04_panel.ipynb #3cc76d99
 def _last_runs(limit: int = 15) -> str:
     "The latest runs as a Markdown table with links, as seen from this folder."
-    def link(run, ending, text):
-        file = Path(run.folder) / f"{run.step}.{ending}"
-        return f"[{text}]({os.path.relpath(file).replace(' ', '%20')})" if file.exists() else ""
+    def link(run, kind, text):
+        file = run_files(run).get(kind)
+        return f"[{text}]({os.path.relpath(file).replace(' ', '%20')})" if file else ""
     lines = ["| run | status | took | started by | | |", "|---|---|---|---|---|---|"]
     for run in records.recent(limit):
-        took = f"{run.seconds:.1f} s" if run.seconds is not None else ""
         error = f" {html.escape(run.error[:120])}".replace("|", "&#124;") if run.error else ""
-        links = link(run, "ipynb", "notebook"), link(run, "html", "report")
-        cells = f"{short(run.started_at)} {run.step}", run.status + error, took, run.trigger, *links
+        links = link(run, "notebook", "notebook"), link(run, "page", "report")
+        cells = f"{short(run.started_at)} {run.step}", run.status + error, duration(run.seconds), run.trigger, *links
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

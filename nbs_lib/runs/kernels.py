@@ -132,9 +132,9 @@ class Forked(psutil.Process):
 class Nursery:
     "The process that imports and forks."
     def __init__(self, first: Iterable[str] = (), then: Iterable[str] = ()):
-        code, pipe = f"from nbs_lib.runs.kernels import nursery; nursery({tuple(first)}, {tuple(then)})", subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=pipe, stdout=pipe,
-                                        stderr=subprocess.DEVNULL, start_new_session=True)
+        code = f"from nbs_lib.runs.kernels import nursery; nursery({tuple(first)}, {tuple(then)})"
+        self.process = subprocess.Popen([sys.executable, "-c", code], text=True, start_new_session=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def fork(self, **request) -> Forked | None:
         "A new kernel; None where the nursery has died."

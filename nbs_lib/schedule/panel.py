@@ -21,8 +21,8 @@ __all__ = ['Panel']
 def _last_runs(limit: int = 15) -> str:
     "The latest runs as a Markdown table with links, as seen from this folder."
     def link(run, kind, text):
-        file = run_files(run).get(kind)
-        return f"[{text}]({os.path.relpath(file).replace(' ', '%20')})" if file else ""
+        name = run_files(run).get(kind)
+        return f"[{text}]({os.path.relpath(f'{run.folder}/{name}').replace(' ', '%20')})" if name else ""
     lines = ["| run | status | took | started by | | |", "|---|---|---|---|---|---|"]
     for run in records.recent(limit):
         error = f" {html.escape(run.error[:120])}".replace("|", "&#124;") if run.error else ""

@@ -47,20 +47,26 @@ def make(tmp_path):
 
 def cells(run) -> list[str]:
     nb = json.loads((Path(run.folder) / f"{run.step}.ipynb").read_text())
-    return [c["metadata"]["papermill"]["status"] for c in nb["cells"] if c["cell_type"] == "code" and c["metadata"].get("papermill")]
+    found = [c["metadata"].get("papermill") for c in nb["cells"] if c["cell_type"] == "code"]
+    return [facts["status"] for facts in found if facts]
 
 
 def page(run) -> str: return (Path(run.folder) / f"{run.step}.html").read_text()
 
 
+def logged(run) -> list[str]: return sorted((Path(run.folder) / "log.txt").read_text().splitlines())
+
+
 def test_completed(home, make):
-    file = make("import os, sys; print(epochs, os.environ['LOOPBOOK_RUN_ID'], os.environ['LOOPBOOK_GROUP'], os.getcwd()); os.system('echo from a child')",
-                "sys.executable", parameters="epochs: int = 1")
+    code = """import os, sys
+print(epochs, os.environ['LOOPBOOK_RUN_ID'], os.environ['LOOPBOOK_GROUP'], os.getcwd())
+os.system('echo from a child')"""
+    file = make(code, "sys.executable", parameters="epochs: int = 1")
     seen = []
     run = run_notebook(file, {"epochs": 7}, group="g1", trigger="test", on_cell=lambda *n: seen.append(n))
     assert run.status == "completed" and run.error is None and run == records.get(run.id)
-    assert (run.group, run.trigger, run.parameters, run.kernel, run.pid) == ("g1", "test", {"epochs": 7}, "python3", os.getpid())
-    assert sorted((Path(run.folder) / "log.txt").read_text().splitlines()) == [f"7 {run.id} g1 {file.parent}", "from a child"]
+    assert (run.group, run.trigger, run.parameters, run.kernel) == ("g1", "test", {"epochs": 7}, "python3")
+    assert run.pid == os.getpid() and logged(run) == [f"7 {run.id} g1 {file.parent}", "from a child"]
     assert set(cells(run)) == {"completed"} and seen == [(n, 4) for n in range(1, 5)]
     assert repr(sys.executable) in page(run).replace("&#39;", "'") and 'id="failed"' not in page(run)
     assert sorted(p.name for p in Path(run.folder).iterdir()) == ["log.txt", "probe.html", "probe.ipynb"]
@@ -80,8 +86,11 @@ def test_exit_is_no_success(home, make, code):
     assert run.status == "failed" and run.error.startswith("SystemExit") and cells(run) == ["failed", "skipped"]
 
 
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
 def test_killed_kernel(home, make):
-    run = run_notebook(make("print('last words', flush=True)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "1"))
+    run = run_notebook(make("print('last words', flush=True)", KILL, "1"))
     assert run.status == "failed" and "DeadKernelError" in run.error and run.cell == "2/3"
     assert cells(run) == ["completed", "failed", "skipped"] and 'id="failed"' in page(run)
 
@@ -91,7 +100,8 @@ def test_cell_timeout(home, make, tmp_path):
     from nbs_lib.runs.papermill_engine import papermill
     out = tmp_path / "out.ipynb"
     with open(tmp_path / "log", "w") as log, pytest.raises(papermill.PapermillExecutionError):
-        papermill.execute_notebook(str(make("1", "import time; time.sleep(60)", "2")), str(out), engine_name="loopbook", progress_bar=False,
+        notebook = make("1", "import time; time.sleep(60)", "2")
+        papermill.execute_notebook(str(notebook), str(out), engine_name="loopbook", progress_bar=False,
                                    kernel_name="python3", stop=Stop("x"), env=dict(os.environ), log=log, cell_timeout=1)
     nb = json.loads(out.read_text())
     status = [c["metadata"]["papermill"]["status"] for c in nb["cells"] if c["cell_type"] == "code"]
@@ -148,7 +158,8 @@ def test_nothing_outlives_a_completed_run(home, make, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal(home, make, tmp_path, number):
     file = make(SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)"), "print('never')")
-    with subprocess.Popen([*CLI, "run", str(file), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [*CLI, "run", str(file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 30
         while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 3:
             assert time.monotonic() < end and process.poll() is None
@@ -156,7 +167,8 @@ def test_signal(home, make, tmp_path, number):
         process.send_signal(number)
         out, _ = process.communicate(timeout=20)
     run = records.recent()[0]
-    assert process.returncode == 130 and json.loads(out)["status"] == run.status == "cancelled" and gone(tmp_path / "pids")
+    assert process.returncode == 130 and json.loads(out)["status"] == run.status == "cancelled"
+    assert gone(tmp_path / "pids")
     assert cells(run) == ["failed", "skipped"] and "cancelled" in page(run)
 
 
@@ -191,7 +203,9 @@ def test_output_is_always_valid_json(home, make):
 
 def test_saved_while_a_cell_runs(home, make):
     "The kernel itself reads the notebook as it is being saved."
-    code = "import os, glob, json; nb = json.load(open(glob.glob(os.environ['LOOPBOOK_RUN_DIR'] + '/*.ipynb')[0])); print(nb['cells'][1]['outputs'][0]['text'], nb['cells'][2]['metadata']['papermill']['status'])"
+    code = """import os, glob, json
+nb = json.load(open(glob.glob(os.environ['LOOPBOOK_RUN_DIR'] + '/*.ipynb')[0]))
+print(nb['cells'][1]['outputs'][0]['text'], nb['cells'][2]['metadata']['papermill']['status'])"""
     run = run_notebook(make("print('first')", code))
     assert "['first\\n'] running" in (Path(run.folder) / "log.txt").read_text()
 
@@ -202,19 +216,22 @@ def test_widgets_stay_out(home, make):
     assert run.status == "completed" and "widgets" not in nb["metadata"] and "IntSlider" in page(run)
 
 
+def add_kernel(folder: Path, name: str) -> None:
+    "Install a kernel that does not start, to be found by JUPYTER_PATH."
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "alien", "language": "python"}
+    (folder / "jupyter" / "kernels" / name).mkdir(parents=True)
+    (folder / "jupyter" / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
+
+
 def test_own_interpreter(home, make, tmp_path, monkeypatch):
     "A `python3` kernel that another project has installed is not used."
-    spec = tmp_path / "jupyter" / "kernels" / "python3"
-    spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "alien", "language": "python"}))
+    add_kernel(tmp_path, "python3")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     assert run_notebook(make("1")).status == "completed"
 
 
 def test_failing_kernel_start(home, make, tmp_path, monkeypatch):
-    spec = tmp_path / "jupyter" / "kernels" / "broken"
-    spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "b", "language": "python"}))
+    add_kernel(tmp_path, "broken")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     run = run_notebook(make("1", "2", kernel="broken"))
     assert run.status == "failed" and "Kernel died" in run.error and cells(run) == ["failed", "skipped"]
@@ -225,8 +242,10 @@ def test_odd_places(home, make, tmp_path):
     assert run.status == "completed" and (Path(run.folder) / "my {odd} näme.html").exists()
 
 
-@pytest.mark.parametrize("given, words", [({"epoch": 1}, "did you mean 'epochs'"), ({"epochs": "3"}, "wants int"), ({"epochs": 1.5}, "wants int"),
-                                          ({"mode": "heads"}, "Literal"), ({"flag": 1}, "wants bool"), ({"text": 3}, "wants str"), ({"rate": None}, "wants float")])
+@pytest.mark.parametrize("given, words", [
+    ({"epoch": 1}, "did you mean 'epochs'"), ({"epochs": "3"}, "wants int"), ({"epochs": 1.5}, "wants int"),
+    ({"mode": "heads"}, "Literal"), ({"flag": 1}, "wants bool"), ({"text": 3}, "wants str"),
+    ({"rate": None}, "wants float")])
 def test_wrong_parameters(home, make, given, words):
     with pytest.raises(UserError, match=words): run_notebook(make("1", parameters=PARAMETERS), given)
     assert not records.recent()
@@ -241,7 +260,8 @@ def test_right_parameters(home, make):
 def test_texts_become_values(make):
     file = make(parameters=PARAMETERS)
     texts = dict(mode="head", name="none", text="null", epochs="3", rate="1e-3", flag="false", names="['a', 'b']")
-    assert checked(file, texts, texts=True) == dict(mode="head", name=None, text="null", epochs=3, rate=0.001, flag=False, names=["a", "b"])
+    values = dict(mode="head", name=None, text="null", epochs=3, rate=0.001, flag=False, names=["a", "b"])
+    assert checked(file, texts, texts=True) == values
     for name, text in dict(epochs="three", flag="maybe", names="a", rate="").items():
         with pytest.raises(UserError, match=name): checked(file, {name: text}, texts=True)
 
@@ -252,9 +272,11 @@ def test_no_parameters_cell(home, make):
 
 def test_mistakes_before_the_start(home, make, tmp_path):
     (tmp_path / "broken.ipynb").write_text("{")
-    for call, words in [(lambda: run_notebook("settngs"), "did you mean 'settings'"), (lambda: run_notebook(make("1"), kernel="julia"), "'julia' is not installed"),
-                        (lambda: run_notebook(tmp_path / "broken.ipynb"), "not a readable notebook"), (lambda: run_notebook(make("1"), timeout=0), "more than 0")]:
-        with pytest.raises(UserError, match=words): call()
+    for notebook, options, words in [("settngs", {}, "did you mean 'settings'"),
+                                     (make("1"), {"kernel": "julia"}, "'julia' is not installed"),
+                                     (tmp_path / "broken.ipynb", {}, "not a readable notebook"),
+                                     (make("1"), {"timeout": 0}, "more than 0")]:
+        with pytest.raises(UserError, match=words): run_notebook(notebook, **options)
     assert find_notebook("settings").name == "00_settings.ipynb" and not records.recent()
 
 
@@ -271,7 +293,8 @@ def test_damaged_records(home, make):
 
 def test_tracked_run(home, make):
     from nbs_lib.tracking.tracker import open_tracker
-    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]:
+        del sys.modules[name]                              # it stores in one folder per process
     code = """from nbs_lib.tracking.tracker import open_tracker
 import pathlib, tempfile
 folder = pathlib.Path(tempfile.mkdtemp()); (folder / "a.txt").write_text("a")
@@ -281,29 +304,37 @@ with open_tracker().start("probe", "test") as run:
     run = run_notebook(make(code), group="g")
     assert run.status == "completed", run.error
     assert run.outputs == [open_tracker().resolve("things").ref]
-    assert run.summary == {"rows": 3, "loss": None} and open_tracker().resolve("probe-notebook"), (Path(run.folder) / "log.txt").read_text()
+    assert run.summary == {"rows": 3, "loss": None}
+    assert open_tracker().resolve("probe-notebook"), logged(run)
 
 
 def test_warm_kernel(home, make, tmp_path):
     "A kernel from the nursery: the same environment, folder, log, exit handlers and end as any other."
     from nbs_lib.runs import kernels
-    code = "import atexit, os, pathlib, sys; atexit.register(lambda: pathlib.Path('left').write_text('in order')); print(os.environ['LOOPBOOK_RUN_ID'], os.getcwd(), os.getppid(), flush=True)"
+    code = """import atexit, os, pathlib, sys
+atexit.register(lambda: pathlib.Path('left').write_text('in order'))
+print(os.environ['LOOPBOOK_RUN_ID'], os.getcwd(), os.getppid(), flush=True)"""
     with kernels.warm_kernels():
         run = run_notebook(make(code, "os.system('echo from a child')"))
         assert run.status == "completed" and (tmp_path / "left").read_text() == "in order"
-        assert sorted((Path(run.folder) / "log.txt").read_text().splitlines()) == [f"{run.id} {tmp_path} {kernels._nursery.process.pid}", "from a child"]
-        assert run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=""))).status == "completed" and gone(tmp_path / "pids")
-        for code, word in [("raise ValueError('no')", "ValueError"), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "DeadKernelError")]:
+        assert logged(run) == [f"{run.id} {tmp_path} {kernels._nursery.process.pid}", "from a child"]
+        assert run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=""))).status == "completed"
+        assert gone(tmp_path / "pids")
+        for code, word in [("raise ValueError('no')", "ValueError"), (KILL, "DeadKernelError")]:
             assert word in run_notebook(make(code, "1")).error
         run = run_notebook(make("import os\nif not os.fork():\n    while True: pass", SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)")), timeout=8)
         assert run.error == "timed out after 8 s" and gone(tmp_path / "pids")
         session = int((tmp_path / "pids").read_text().split()[0])
-        assert not [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and os.getsid(p.pid) == session], "a forked child of the kernel is left"
+        left = [p for p in psutil.process_iter()
+                if p.status() != psutil.STATUS_ZOMBIE and os.getsid(p.pid) == session]
+        assert not left, "a forked child of the kernel is left"
 
 
 def test_plots_of_a_warm_kernel(home, make):
     from nbs_lib.runs import kernels
-    def plots(): return (Path(run_notebook(make("import matplotlib.pyplot as plt; plt.plot([1, 2])")).folder) / "probe.ipynb").read_text().count('"image/png"')
+    def plots() -> int:
+        run = run_notebook(make("import matplotlib.pyplot as plt; plt.plot([1, 2])"))
+        return (Path(run.folder) / "probe.ipynb").read_text().count('"image/png"')
     with kernels.warm_kernels():
         assert plots() == 1
         while psutil.Process(kernels._nursery.process.pid).cpu_percent(0.5) > 5: pass
@@ -319,7 +350,9 @@ def test_dead_nursery(home, make):
 
 def test_killed_runner_of_a_warm_kernel(home, make, tmp_path):
     file = make("import os, time; open('kernel', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(300)")
-    code = f"from nbs_lib.runs.kernels import warm_kernels; from nbs_lib.runs.execute import run_notebook\nwith warm_kernels(): run_notebook({str(file)!r})"
+    code = f"""from nbs_lib.runs.execute import run_notebook
+from nbs_lib.runs.kernels import warm_kernels
+with warm_kernels(): run_notebook({str(file)!r})"""
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         end = time.monotonic() + 60
         while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():

@@ -5,6 +5,7 @@
 # %% ../../notebooks/library/runs/06_index.ipynb #8b2400b2
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -27,10 +28,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 100: return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
-def run_files(run: Run) -> dict[str, Path]:
-    "What there is to open of a run: its page, its notebook, its log."
-    names = {"page": f"{run.step}.html", "notebook": f"{run.step}.ipynb", "log": "log.txt"}
-    return {kind: file for kind, name in names.items() if (file := Path(run.folder) / name).exists()}
+def run_files(run: Run) -> dict[str, str]:
+    "What there is to open of a run, its page, notebook and log -> the name in its folder."
+    step = run.step
+    names = {"page": f"{step}.html", "notebook": f"{step}.ipynb", "log": "log.txt"}
+    return {kind: name for kind, name in names.items() if os.path.exists(f"{run.folder}/{name}")}
 
 # %% ../../notebooks/library/runs/06_index.ipynb #e2d956ca
 NEWEST = 500   # runs on the page
@@ -44,7 +46,8 @@ def _page():
     style = static_text("static/report.css") + static_text("static/index.css")
     environment.globals |= {
         "policy": POLICY, "style": style, "headings": HEADINGS, "duration": duration, "run_files": run_files,
-        "is_kept": lambda run: Path(run.folder).exists(), "judged": Judged.read}
+        "is_kept": lambda run: os.path.exists(run.folder), "folder_of": lambda run: os.path.basename(run.folder),
+        "judged": Judged.read}
     return environment.from_string(static_text("static/index.html.j2"))
 
 # %% ../../notebooks/library/runs/06_index.ipynb #885d17a4
@@ -68,12 +71,12 @@ def _loop_facts(steps: list[Run]) -> list[str]:
 def write_index() -> Path | None:
     "Write `outputs/index.html`, the page of the newest runs; returns it, or None where it cannot be written."
     from filelock import FileLock, Timeout
-    file = home() / "outputs" / "index.html"
+    file, page = home() / "outputs" / "index.html", _page()
     try:
         with FileLock(file.with_name(".index.lock"), timeout=5):
             found = recent(NEWEST + 1)
             shown: dict[str, Any] = {"facts": _page_facts(found), "groups": list(_grouped(found[:NEWEST]))}
-            return write_atomic(file, _page().render(shown))
+            return write_atomic(file, page.render(shown))
     except (OSError, UserError, Timeout): return None
 
 def _page_facts(found: list[Run]) -> list[str]:

@@ -93,14 +93,13 @@ def _attempt_loop(job: Job, trigger: str, mark: dict | None, on_step, on_cell) -
 def tell(slot: Slot, settings: Settings) -> None:
     """Send what is to be said of a slot that has ended, as its job and `[notify]` want it; takes at most `[notify]
     timeout` a message."""
-    from nbs_lib.runs.messages import notify
-    from nbs_lib.runs.messages import messages
+    from nbs_lib.runs.messages import messages, send_messages
     job = slot.defined
     if job.notify == "never" or slot.status == "due": return
     made = records.recent(100, trigger=slot.trigger)                  # of all attempts, the newest first
-    told = [m for run in reversed(made) for m in messages(run) if m["event"] != "failure"]
+    told = [m for m in messages(*reversed(made)) if m["event"] != "failure"]
     if slot.status == "failed":
-        about = next((m for m in messages(made[0]) if m["event"] == "failure"), {}) if made else {}
+        about = next((m for m in messages(*made[:1]) if m["event"] == "failure"), {})
         told.append({"event": "failure", "title": f"job {job.name} failed", "text": slot.reason or ""}
                     | {k: about[k] for k in ("text", "run", "log") if k in about})
         if (state := slots.states().get(job.name)) and state.paused:
@@ -108,7 +107,7 @@ def tell(slot: Slot, settings: Settings) -> None:
                          "text": f"It {state.paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
     if slot.status == "completed" and job.notify == "always" and not told:
         told.append({"event": "completed", "title": f"job {job.name} is done", "text": slot.result or ""})
-    for message in told: notify(settings=settings, **message)
+    send_messages(told, settings)
 
 def send_in_background(slot: Slot | None) -> Slot | None:
     "The slot; what is to be said of it is on its way, in a thread of its own."

@@ -8,9 +8,9 @@ from __future__ import annotations
 import html
 import subprocess
 from datetime import UTC, datetime
-from pathlib import Path
 
 from fastcore.basics import patch
+from pathlib import Path
 
 from ..core.links import address
 from ..runs import records

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nbs_lib.core.errors import UserError
 from nbs_lib.core.settings import Data
-from nbs_lib.data import dataset as module
+from nbs_lib.data import write as module
 from nbs_lib.data.dataset import SPLITS, Dataset
 from nbs_lib.data.images import image_id
 from nbs_lib.data.items import Item, read_items

@@ -91,7 +91,7 @@ def test_executed_notebook(pets):
     photos(pets / "more.zip", range(30, 45), extra=("letter.jpg",))
     texts = []
     for source in (None, "more.zip", "more.zip"):
-        book = papermill.execute_notebook(str(ROOT / "notebooks" / "30_download.ipynb"), str(pets / "out.ipynb"), {"recipe": "pets", "source": source},
+        book = papermill.execute_notebook(str(ROOT / "notebooks" / "10_download.ipynb"), str(pets / "out.ipynb"), {"recipe": "pets", "source": source},
                                           cwd=str(ROOT / "notebooks"), progress_bar=False, kernel_name="python3")
         outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
         texts.append("".join(str(o.get("data", "")) for o in outputs))

@@ -26,7 +26,7 @@ from .items import Item
 # %% auto #0
 __all__ = ['SHARES', 'LISTED', 'hash_split', 'write_version']
 
-# %% ../../notebooks/library/data/04_write.ipynb #eb05970b
+# %% ../../notebooks/library/data/04_write.ipynb #1ac045ee
 @dataclass(slots=True)
 class _Row:
     "One image that joins, or a known one that gets other labels."
@@ -39,7 +39,7 @@ class _Row:
     offset: int = 0                       # where they begin in the spool
     split: str = ""
 
-# %% ../../notebooks/library/data/04_write.ipynb #aa12ceef
+# %% ../../notebooks/library/data/04_write.ipynb #c88358fa
 def _groups(rows: list[_Row], most_bytes: float) -> Iterator[list[_Row]]:
     "Rows cut into row groups: at most 2,000 rows, and no more once they have `most_bytes`."
     start = 0
@@ -126,7 +126,7 @@ def _teach_every_class(rows: list[_Row], targets: list[str], taught: set[tuple[s
 # %% ../../notebooks/library/data/04_write.ipynb #4144464b
 _Checked = tuple[Item, str | None, tuple[int, int, str] | None]  # an item, its id, and (width, height, format)
 
-def _check(batch: list[Item], known: Container[str], limits: Data) -> list[_Checked]:
+def _check_batch(batch: list[Item], known: Container[str], limits: Data) -> list[_Checked]:
     "The items with id and size, None for the size of an image of a `known` id; a bad one has no id, and its problem."
     found: list[_Checked] = []
     for item in batch:
@@ -138,7 +138,7 @@ def _check(batch: list[Item], known: Container[str], limits: Data) -> list[_Chec
     return found
 
 def _checked(items: Iterable[Item], known: Container[str], limits: Data) -> Iterator[_Checked]:
-    "The items in their order as `_check` leaves them, in batches of 64 images or 8 MB."
+    "The items in their order as `_check_batch` leaves them, in batches of 64 images or 8 MB."
     flying: deque[Future[list[_Checked]]] = deque()
     batch: list[Item] = []
     workers, size = os.cpu_count() or 1, 0
@@ -147,10 +147,10 @@ def _checked(items: Iterable[Item], known: Container[str], limits: Data) -> Iter
             batch.append(item)
             size += len(item.data or b"")
             if len(batch) == 64 or size > 8e6:
-                flying.append(pool.submit(_check, batch, known, limits))
+                flying.append(pool.submit(_check_batch, batch, known, limits))
                 batch, size = [], 0
             if len(flying) > workers: yield from flying.popleft().result()
-        flying.append(pool.submit(_check, batch, known, limits))
+        flying.append(pool.submit(_check_batch, batch, known, limits))
         while flying: yield from flying.popleft().result()
 
 # %% ../../notebooks/library/data/04_write.ipynb #700dbad5
@@ -232,7 +232,7 @@ class _Collector:
         old = first.id in self.changed
         first.labels = self.known.change(first.id, item.source, first.given) if old else first.given
 
-# %% ../../notebooks/library/data/04_write.ipynb #5e3eeca2
+# %% ../../notebooks/library/data/04_write.ipynb #c71251f7
 LISTED = 200  # names in each list of a report; its numbers count all
 
 def _spread(values: list[int]) -> list[int]:
@@ -275,7 +275,7 @@ def _report(found: _Collector, files: int, relabelled: int) -> dict:
         "conflicts": len(found.conflicts), "conflicting_files": list(found.conflicts.values())[:LISTED],
         "empty_folders": found.empty[:LISTED]}
 
-# %% ../../notebooks/library/data/04_write.ipynb #427caf71
+# %% ../../notebooks/library/data/04_write.ipynb #fc53af3f
 def _link(old: Path, new: Path) -> None:
     try: os.link(old, new)
     except OSError: shutil.copyfile(old, new)  # another disk, or one without links

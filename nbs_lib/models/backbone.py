@@ -60,7 +60,7 @@ def _load_file(model: torch.nn.Module, file: Path) -> None:
                         "give that model's own weights")
     model.load_state_dict({k: v for k, v in values.items() if k in own}, strict=False)
 
-# %% ../../notebooks/library/models/00_backbone.ipynb #eacc41c0
+# %% ../../notebooks/library/models/00_backbone.ipynb #11673278
 def _load_pretrained(name: str) -> torch.nn.Module:
     "From timm's hub."
     import timm
@@ -70,11 +70,11 @@ def _load_pretrained(name: str) -> torch.nn.Module:
                         "set weights = FILE.safetensors in [train] of settings.ini, "
                         f"or a backbone whose weights are packaged: {', '.join(PACKAGED)}") from None
 
-# %% ../../notebooks/library/models/00_backbone.ipynb #2ee8b657
+# %% ../../notebooks/library/models/00_backbone.ipynb #c17dd7e2
 def create_backbone(
     name: str,                # of timm's model
     weights: str = "",        # a .safetensors file that has them
-    pretrained: bool = True,  # without a file: packaged weights, or those of timm's hub; False: none, drawn by chance
+    pretrained: bool = True,  # without a file: packaged weights, or those of timm's hub; False: drawn by chance
 ) -> torch.nn.Module:         # in eval mode, (n, 3, s, s) float32 -> (n, d) features
     "A timm model without its classifier; raises `UserError`."
     load_vision()

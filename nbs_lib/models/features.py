@@ -31,7 +31,7 @@ Image = TypeVar("Image")
 def run_batch(
     images: Iterable[Image],                # few enough to be in memory at once
     how: Preprocessing,                     # how the network wants its images
-    run: Callable[[np.ndarray], Iterable],  # makes n outputs of uint8 (n, 3, size, size); not called without a good image
+    run: Callable[[np.ndarray], Iterable],  # n outputs of uint8 (n, 3, size, size); not called without a good image
     read: Callable[[Image], bytes],         # the bytes of an image's file; may raise `BadImage`
 ) -> list[Any]:                             # an output for each image, in order; for a bad one its `BadImage`
     "What `run` makes of the images."
@@ -44,7 +44,7 @@ def run_batch(
     outputs = iter(run(np.stack(pixels)) if pixels else ())
     return [error or next(outputs) for error in bad]
 
-# %% ../../notebooks/library/models/02_features.ipynb #b403baff
+# %% ../../notebooks/library/models/02_features.ipynb #cb0665f1
 def run_images(
     images: Iterable[Image],                # any number
     how: Preprocessing,                     # as for `run_batch`, like the next

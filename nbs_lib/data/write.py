@@ -26,7 +26,7 @@ from .items import Item
 # %% auto #0
 __all__ = ['SHARES', 'LISTED', 'hash_split', 'write_version']
 
-# %% ../../notebooks/library/data/04_write.ipynb #1ac045ee
+# %% ../../notebooks/library/data/04_write.ipynb #b2bd56f3
 @dataclass(slots=True)
 class _Row:
     "One image that joins, or a known one that gets other labels."
@@ -39,7 +39,7 @@ class _Row:
     offset: int = 0                       # where they begin in the spool
     split: str = ""
 
-# %% ../../notebooks/library/data/04_write.ipynb #c88358fa
+# %% ../../notebooks/library/data/04_write.ipynb #1417b7af
 def _groups(rows: list[_Row], most_bytes: float) -> Iterator[list[_Row]]:
     "Rows cut into row groups: at most 2,000 rows, and no more once they have `most_bytes`."
     start = 0
@@ -232,7 +232,7 @@ class _Collector:
         old = first.id in self.changed
         first.labels = self.known.change(first.id, item.source, first.given) if old else first.given
 
-# %% ../../notebooks/library/data/04_write.ipynb #c71251f7
+# %% ../../notebooks/library/data/04_write.ipynb #ff13ed4c
 LISTED = 200  # names in each list of a report; its numbers count all
 
 def _spread(values: list[int]) -> list[int]:
@@ -275,7 +275,7 @@ def _report(found: _Collector, files: int, relabelled: int) -> dict:
         "conflicts": len(found.conflicts), "conflicting_files": list(found.conflicts.values())[:LISTED],
         "empty_folders": found.empty[:LISTED]}
 
-# %% ../../notebooks/library/data/04_write.ipynb #fc53af3f
+# %% ../../notebooks/library/data/04_write.ipynb #d62b82f1
 def _link(old: Path, new: Path) -> None:
     try: os.link(old, new)
     except OSError: shutil.copyfile(old, new)  # another disk, or one without links
@@ -292,7 +292,7 @@ def _split(rows: list[_Row], targets: list[str], parent: Dataset | None, given: 
 def _counts(parent: Dataset | None, targets: list[str], rows: list[_Row]) -> dict:
     "For the card: rows, classes, rows of each split, and every class's rows in train, validation and test."
     import pandas as pd
-    frame = pd.DataFrame([{"id": r.id, "split": r.split} | {t: _label(r, t) for t in targets} for r in rows])
+    frame = pd.DataFrame([{t: _label(r, t) for t in targets} | {"id": r.id, "split": r.split} for r in rows])
     if parent:
         frame = pd.concat([parent.rows[["id", "split", *targets]], frame]).drop_duplicates("id", keep="last")
     counts = {t: {c: [0, 0, 0] for c in sorted(frame[t].dropna().unique())} for t in targets}

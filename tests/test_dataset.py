@@ -11,7 +11,7 @@ from PIL import Image
 
 from nbs_lib.core.errors import UserError
 from nbs_lib.core.settings import Data
-from nbs_lib.data import dataset as module
+from nbs_lib.data import write as module
 from nbs_lib.data.dataset import SPLITS, Dataset
 from nbs_lib.data.images import image_id
 from nbs_lib.data.items import Item, read_items
@@ -31,7 +31,8 @@ def item(n: int, label: str | None = "even or odd", source: str = "download", **
     return Item(f"{n}.png", png(n), {"label": label, **more}, source=source)
 
 
-def write(folder, items, parent=None, **options): return write_version(folder, items, name="numbers", source="here", parent=parent, **options)
+def write(folder, items, parent=None, **options):
+    return write_version(folder, items, name="numbers", source="here", parent=parent, **options)
 def label_of(dataset: Dataset, n: int): return dataset.rows.set_index("id").loc[image_id(png(n)), "label"]
 
 
@@ -62,8 +63,10 @@ def test_other_tools_read_it(tmp_path):
     data = write(tmp_path / "a", [item(n, beard="yes" if n % 3 else None) for n in range(30)])
     data = write(tmp_path / "b", [item(n, beard="no") for n in range(30, 40)], data)
     table = datasets.load_dataset(str(data.folder), split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(table) == 40 and table.features["image"] == datasets.Image() and table[5]["image"].size == (12, 8) and table[0]["beard"] is None
-    table = datasets.load_dataset("parquet", data_dir=str(data.folder / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(table) == 40 and table.features["image"] == datasets.Image()
+    assert table[5]["image"].size == (12, 8) and table[0]["beard"] is None
+    table = datasets.load_dataset("parquet", data_dir=str(data.folder / "data"), split="train",
+                                  cache_dir=str(tmp_path / "cache"))
     assert table[39]["label"] == "odd"
     frame = pd.concat([pd.read_parquet(s) for s in data.shards])
     assert frame["image"].iloc[3]["bytes"] == png(3) and frame["image"].iloc[3]["path"] == "3.png"
@@ -98,7 +101,8 @@ def test_nothing_moves_in_later_versions(tmp_path):
         now = data.rows.set_index("id")["split"].to_dict()
         assert splits.items() <= now.items() and data.rows["id"].is_unique and set(now.values()) <= set(SPLITS)
         splits = now
-        data = write(tmp_path / str(version), [item(n) for n in range(version * 20, version * 20 + 60)] + [item(n, "odd", "feedback:ada") for n in range(version)], data)
+        data = write(tmp_path / str(version), [item(n) for n in range(version * 20, version * 20 + 60)]
+                     + [item(n, "odd", "feedback:ada") for n in range(version)], data)
     later = data.rows[50:]
     assert all(hash_split(r.id) == r.split for r in later.itertuples()) and len(set(later["split"])) == 3
     assert list(data.rows["id"]) == [id for id, _ in data.images()]
@@ -114,7 +118,8 @@ def test_words_of_sources_and_people(tmp_path):
     assert write(tmp_path / "c", map(item, range(20)), b) is b, "the source's old word reverts nothing"
     assert write(tmp_path / "c", [item(2, "odd", "feedback:bob")], b) is b, "what is so already is no news"
     c = write(tmp_path / "c", [*map(item, range(4, 20)), item(2, "prime"), item(3, "prime")], b)
-    assert label_of(c, 2) == label_of(c, 3) == "prime" and c.card["report"]["relabelled"] == 2, "the source's new word counts"
+    assert label_of(c, 2) == label_of(c, 3) == "prime"
+    assert c.card["report"]["relabelled"] == 2, "the source's new word counts"
     d = write(tmp_path / "d", [item(2, "odd", "feedback:ada")], c)
     assert label_of(d, 2) == "odd", "a person may say the same again"
     assert write(tmp_path / "e", [item(2, "prime")], d) is d
@@ -151,15 +156,21 @@ def test_duplicates_and_conflicts(tmp_path):
     assert report["conflicts"] == 1 and [name for name, _ in report["conflicting_files"][0]] == ["4.png", "21.png"]
     assert label_of(data, 30) == "odd" and label_of(data, 5) == "odd" and report["files"] == 26
     assert write(tmp_path / "b", items, data) is data
-    assert write(tmp_path / "b", [item(7, "x"), item(7, "y")], data) is data, "a source that contradicts itself changes nothing"
+    contradiction = [item(7, "x"), item(7, "y")]
+    assert write(tmp_path / "b", contradiction, data) is data, "a source that contradicts itself changes nothing"
 
 
 def test_bad_files_are_named(tmp_path):
-    bad = [Item("letter.jpg", b"Dear Ada", {"label": "odd"}), Item("gone.jpg", None, {"label": "odd"}, "not there"), Item("half.png", png(3)[:50], {"label": "odd"})]
-    data = write(tmp_path / "a", [*map(item, range(40)), *bad, Item("bird/", None, {"label": "bird"}, "empty class folder")], limits=Data(max_bad=0.1))
-    assert dict(data.card["report"]["unreadable_files"]).keys() == {"letter.jpg", "gone.jpg", "half.png"} and data.card["report"]["unreadable"] == 3
+    bad = [Item("letter.jpg", b"Dear Ada", {"label": "odd"}), Item("gone.jpg", None, {"label": "odd"}, "not there"),
+           Item("half.png", png(3)[:50], {"label": "odd"})]
+    data = write(tmp_path / "a",
+                 [*map(item, range(40)), *bad, Item("bird/", None, {"label": "bird"}, "empty class folder")],
+                 limits=Data(max_bad=0.1))
+    assert dict(data.card["report"]["unreadable_files"]).keys() == {"letter.jpg", "gone.jpg", "half.png"}
+    assert data.card["report"]["unreadable"] == 3
     assert data.card["report"]["empty_folders"] == ["bird/"] and data.targets == {"label": ["even", "odd"]}
-    with pytest.raises(UserError, match=r"3 of 43 files .* letter.jpg: not an image"): write(tmp_path / "b", [*map(item, range(40)), *bad])
+    with pytest.raises(UserError, match=r"3 of 43 files .* letter.jpg: not an image"):
+        write(tmp_path / "b", [*map(item, range(40)), *bad])
     with pytest.raises(UserError, match="no image"): write(tmp_path / "b", [])
     assert [p.name for p in tmp_path.iterdir()] == ["a"], "and nothing is written"
 
@@ -223,7 +234,8 @@ def test_sixty_thousand_images(tmp_path):
     items = list(read_items(SHARED / "cifar10.zip"))
     start = time.perf_counter()
     data = write(tmp_path / "a", items)
-    assert time.perf_counter() - start < 30 and data.card["splits"] == {"train": 42000, "validation": 9000, "test": 9000}
+    assert time.perf_counter() - start < 30
+    assert data.card["splits"] == {"train": 42000, "validation": 9000, "test": 9000}
     start = time.perf_counter()
     child = write(tmp_path / "b", map(item, range(100)), data) if data.targets.keys() == {"label"} else None
     assert time.perf_counter() - start < 3 and len(child.rows) == 60_100

@@ -29,7 +29,8 @@ for recipe, source, images in json.loads(sys.argv[1]):
     with tracker.start("download", "download") as run:
         try: data, is_new = update_dataset(name, config, source, settings, tracker, run)
         except UserError as error: out.append(str(error)); continue
-    out.append([data.ref, is_new, data.card["rows"], data.card["source"], data.card["parent"], tracker.lineage(data.ref)["inputs"]])
+    facts = [data.card[key] for key in ("rows", "source", "parent")]
+    out.append([data.ref, is_new, *facts, tracker.lineage(data.ref)["inputs"]])
 print(json.dumps(out))
 """
 
@@ -55,7 +56,8 @@ def photos(path: Path, numbers, extra=()) -> None:
 
 @pytest.fixture
 def pets(home):
-    (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n[recipe.pets]\nsource = pets.zip\ntarget = animal\n[recipe.hares]\nsource = nowhere\n")
+    (home / "settings.ini").write_text("[tracking]\nbackend = trackio\n[recipe.pets]\nsource = pets.zip\n"
+                                       "target = animal\n[recipe.hares]\nsource = nowhere\n")
     photos(home / "pets.zip", range(30))
     return home
 
@@ -64,16 +66,19 @@ def test_versions_and_their_sources(pets):
     photos(pets / "more.zip", range(20, 40))
     photos(pets / "broken.zip", range(100, 110), extra=("a.jpg", "b.jpg"))
     first, again, more, stays, broken, unknown = steps(
-        ("pets", None, None), ("pets", None, None), ("pets", "more.zip", None), ("pets", None, None), ("pets", "broken.zip", None), ("hares", None, None))
+        ("pets", None, None), ("pets", None, None), ("pets", "more.zip", None), ("pets", None, None),
+        ("pets", "broken.zip", None), ("hares", None, None))
     assert first == ["pets-dataset:v0", True, 30, "pets.zip", None, []]
     assert again == ["pets-dataset:v0", False, 30, "pets.zip", None, []]
     assert more == ["pets-dataset:v1", True, 40, "more.zip", "pets-dataset:v0", ["pets-dataset:v0"]]
-    assert stays[:4] == ["pets-dataset:v1", False, 40, "more.zip"], "the source of the last version is the dataset's own"
+    kept = ["pets-dataset:v1", False, 40, "more.zip"]
+    assert stays[:4] == kept, "the source of the last version is the dataset's own"
     assert "2 of 12 files" in broken and "nowhere" in unknown
     assert not list((pets / "data").glob(".*-dataset.next"))
     photos(pets / "other.zip", range(60, 70))
     (pets / "settings.ini").write_text((pets / "settings.ini").read_text().replace("pets.zip", "other.zip"))
-    assert steps(("pets", None, None))[0][:4] == ["pets-dataset:v2", True, 50, "other.zip"], "until settings.ini names another"
+    changed = ["pets-dataset:v2", True, 50, "other.zip"]
+    assert steps(("pets", None, None))[0][:4] == changed, "until settings.ini names another"
 
 
 def test_a_version_that_failed_leaves_the_last_one(pets):
@@ -91,13 +96,15 @@ def test_executed_notebook(pets):
     photos(pets / "more.zip", range(30, 45), extra=("letter.jpg",))
     texts = []
     for source in (None, "more.zip", "more.zip"):
-        book = papermill.execute_notebook(str(ROOT / "notebooks" / "30_download.ipynb"), str(pets / "out.ipynb"), {"recipe": "pets", "source": source},
+        book = papermill.execute_notebook(str(ROOT / "notebooks" / "10_download.ipynb"), str(pets / "out.ipynb"),
+                                          {"recipe": "pets", "source": source},
                                           cwd=str(ROOT / "notebooks"), progress_bar=False, kernel_name="python3")
         outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
         texts.append("".join(str(o.get("data", "")) for o in outputs))
         assert sum("image/png" in o.get("data", {}) for o in outputs) == 2, "the balance and the samples"
     assert "is a new version of 30 images" in texts[0] and "no two contradicted" in texts[0]
-    assert "is a new version of 45 images" in texts[1] and "cat/letter.jpg" in texts[1] and "pets-dataset:v0" in texts[1]
+    assert "is a new version of 45 images" in texts[1] and "cat/letter.jpg" in texts[1]
+    assert "pets-dataset:v0" in texts[1]
     assert "Nothing is new in the source" in texts[2]
 
 

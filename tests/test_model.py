@@ -24,7 +24,8 @@ HOW = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 @pytest.fixture
 def bundle(home):
     torch.manual_seed(0)
-    network = Network(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW, {"colour": ["blue", "red"], "size": ["big", "small"]})
+    network = Network(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW,
+                      {"colour": ["blue", "red"], "size": ["big", "small"]})
     card = {"backbone": "tf_efficientnet_lite0", "mode": "head", "temperature": {"colour": 2.0, "size": 1.0}}
     return save_model(home / "model", network.eval(), HOW, card)
 
@@ -39,9 +40,12 @@ def test_weights_from_a_file(home, tmp_path):
     packaged = create_backbone("tf_efficientnet_lite0")
     save_file({k: v.contiguous() for k, v in packaged.state_dict().items()}, tmp_path / "w.safetensors")
     loaded = create_backbone("tf_efficientnet_lite0", str(tmp_path / "w.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(packaged.state_dict().values(), loaded.state_dict().values(), strict=True))
-    with pytest.raises(UserError, match="does not fit"): create_backbone("tf_efficientnet_lite1", str(tmp_path / "w.safetensors"))
-    with pytest.raises(UserError, match="weights = "): create_backbone("tf_efficientnet_lite0", str(tmp_path / "missing.safetensors"))
+    pairs = zip(packaged.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(UserError, match="does not fit"):
+        create_backbone("tf_efficientnet_lite1", str(tmp_path / "w.safetensors"))
+    with pytest.raises(UserError, match="weights = "):
+        create_backbone("tf_efficientnet_lite0", str(tmp_path / "missing.safetensors"))
 
 
 def test_a_pickle_is_never_loaded(home, tmp_path, bundle):
@@ -60,14 +64,16 @@ def test_a_damaged_bundle_is_refused(bundle, damage):
     if damage == "cut": weights.write_bytes(weights.read_bytes()[:-1000])
     if damage == "no card": card.unlink()
     if damage == "card of another format": card.write_text(json.dumps(json.loads(card.read_text()) | {"format": 99}))
-    if damage == "missing tensor": save_file({k: v for k, v in load_file(weights).items() if "heads.0" not in k}, weights)
+    if damage == "missing tensor":
+        save_file({k: v for k, v in load_file(weights).items() if "heads.0" not in k}, weights)
     with pytest.raises(UserError, match=str(bundle)): load_model(bundle)
 
 
 def test_prediction_needs_nothing_but_the_bundle(bundle, tmp_path, monkeypatch):
     first = load_model(bundle).predict_one(picture("red", 1))
     monkeypatch.setenv("LOOPBOOK_HOME", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr("nbs_lib.models.backbone.packaged_weights", lambda name: pytest.fail("the bundle has the weights"))
+    monkeypatch.setattr("nbs_lib.models.backbone.packaged_weights",
+                        lambda name: pytest.fail("the bundle has the weights"))
     moved = bundle.rename(tmp_path / "moved")
     assert load_model(moved).predict_one(picture("red", 1)) == first
 
@@ -78,8 +84,10 @@ def test_an_image_gets_the_same_answer_alone_and_in_company(bundle):
     for image, answer in zip(images, together, strict=True):
         assert list(model.predict([image], batch_size=3)) == [answer]
         alone = model.predict_one(image)
-        assert alone.keys() == answer.keys() and all(abs(alone[t][c] - answer[t][c]) < 0.03 for t in alone for c in alone[t])
-        for table in answer.values(): assert abs(sum(table.values()) - 1) < 1e-9 and list(table.values()) == sorted(table.values(), reverse=True)
+        assert alone.keys() == answer.keys()
+        assert all(abs(alone[t][c] - answer[t][c]) < 0.03 for t in alone for c in alone[t])
+        for table in answer.values():
+            assert abs(sum(table.values()) - 1) < 1e-9 and list(table.values()) == sorted(table.values(), reverse=True)
 
 
 def test_a_bad_image_is_an_error_and_not_an_answer(bundle):
@@ -105,7 +113,8 @@ def test_engines_agree_on_a_real_backbone(home):
     from nbs_lib.models.classifier import Body
     body = Body(backbone, how).eval()
     images = np.stack([preprocess(picture("red", i, 120), how).numpy() for i in range(4)])
-    results = [engine.Engine(body, 96, engine.Plan("cpu", *plan), 4)(images) for plan in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))]
+    results = [engine.Engine(body, 96, engine.Plan("cpu", *plan), 4)(images)
+               for plan in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))]
     def cosine(a, b): return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosine(results[0], results[1]).min() > 0.9999 and cosine(results[0], results[2]).min() > 0.99
 
@@ -118,7 +127,8 @@ def test_an_engine_takes_any_number_of_images_and_their_company_does_not_matter(
     images = np.random.default_rng(0).integers(0, 256, (13, 3, 32, 32), dtype=np.uint8)
     together = run(images)
     assert together.shape == (13, 1280)
-    for first, last in ((0, 1), (5, 7), (12, 13), (3, 13)): assert np.array_equal(run(images[first:last]), together[first:last])
+    for first, last in ((0, 1), (5, 7), (12, 13), (3, 13)):
+        assert np.array_equal(run(images[first:last]), together[first:last])
 
 
 def test_a_classifier_says_what_its_network_says(bundle):
@@ -126,11 +136,13 @@ def test_a_classifier_says_what_its_network_says(bundle):
     pixels = np.stack([preprocess(picture("red", i), HOW).numpy() for i in range(3)])
     with torch.inference_mode(): logits = model.network(torch.from_numpy(pixels))
     for row, said in zip(logits, model.answers(pixels, 4), strict=True):
-        wanted = dict(zip(("blue", "red"), (row[:2] / 2).softmax(0).tolist(), strict=True)) | dict(zip(("big", "small"), row[2:].softmax(0).tolist(), strict=True))
+        wanted = dict(zip(("blue", "red"), (row[:2] / 2).softmax(0).tolist(), strict=True))
+        wanted |= dict(zip(("big", "small"), row[2:].softmax(0).tolist(), strict=True))
         assert all(abs(wanted[c] - p) < 1e-4 for table in said.values() for c, p in table.items())
 
 
-@pytest.mark.parametrize("wanted", [dict(device="cuda"), dict(device="cpu", precision="fp16"), dict(device="mps", engine="openvino")])
+@pytest.mark.parametrize("wanted", [dict(device="cuda"), dict(device="cpu", precision="fp16"),
+                                    dict(device="mps", engine="openvino")])
 def test_what_this_machine_cannot_run_is_refused(wanted):
     if wanted["device"] == "cuda" and torch.cuda.is_available(): pytest.skip("there is a CUDA device here")
     with pytest.raises(UserError, match="use"): engine.choose(**wanted)
@@ -149,7 +161,8 @@ def test_no_image_is_embedded_twice_even_by_two_at_once(home, request):
     request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-5)  # threads that share a network's weights meet in the middle of a change
     results = []
-    threads = [threading.Thread(target=lambda: results.append(features.embed(body, HOW, plan, data, ids, 8))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(features.embed(body, HOW, plan, data, ids, 8)))
+               for _ in range(2)]
     for t in threads: t.start()
     for t in threads: t.join()
     assert len(results) == 2 and np.array_equal(results[0][0], results[1][0])
@@ -162,7 +175,9 @@ def test_no_image_is_embedded_twice_even_by_two_at_once(home, request):
 def test_a_killed_embedding_keeps_what_it_had(home, monkeypatch):
     data = small_dataset(home / "data.set", 24)
     from nbs_lib.models.classifier import Body
-    body, plan, ids = Body(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW), engine.choose("cpu", "torch", "fp32"), list(data.rows["id"])
+    body = Body(create_backbone("tf_efficientnet_lite0", pretrained=False), HOW)
+    plan = engine.choose("cpu", "torch", "fp32")
+    ids = list(data.rows["id"])
     stored, put = [], features.VectorCache.put
     def dies(self, ids, vectors):
         if len(stored) == 2: raise KeyboardInterrupt

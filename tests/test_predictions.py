@@ -23,7 +23,8 @@ from nbs_lib.tracking.promotion import promote
 def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number in range(3 * BATCH): (folder / f"{number:03}.jpg").write_bytes(picture(("red", "blue")[number % 2], number))
+    for number in range(3 * BATCH):
+        (folder / f"{number:03}.jpg").write_bytes(picture(("red", "blue")[number % 2], number))
     return folder
 
 
@@ -88,7 +89,8 @@ def test_what_changed_in_the_break_is_computed_again(production, photos, tmp_pat
     write_predictions(list(image_files([photos])), out, settings=settings)
     assert computed == ["000.jpg", "0000.jpg", "001.jpg", *(f"{n:03}.jpg" for n in range(BATCH, 3 * BATCH))]
     table = pd.read_parquet(out)
-    assert [Path(p).name for p in table["path"]] == sorted(p.name for p in photos.iterdir()) and table["error"].isna().all()
+    assert [Path(p).name for p in table["path"]] == sorted(p.name for p in photos.iterdir())
+    assert table["error"].isna().all()
 
 
 def test_another_version_starts_anew(production, photos, tmp_path, computed):
@@ -133,16 +135,20 @@ except UserError as error: print(error); sys.exit(2)
 def test_a_full_disk_is_told_in_one_line_and_loses_nothing(production, photos, tmp_path, computed, full_after):
     out = tmp_path / "said.csv"
     out.write_text("an older table")
-    done = subprocess.run([sys.executable, "-c", FULL, photos, out, str(full_after)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stdout.startswith(f"{out}: cannot be written") and done.stdout.count("\n") == 1, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, "-c", FULL, photos, out, str(full_after)], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 2 and done.stdout.startswith(f"{out}: cannot be written")
+    assert done.stdout.count("\n") == 1, done.stdout + done.stderr
     assert out.read_text() == "an older table"
-    assert write_predictions(list(image_files([photos])), out, settings=production[0])["images"] == 3 * BATCH == len(pd.read_csv(out))
+    report = write_predictions(list(image_files([photos])), out, settings=production[0])
+    assert report["images"] == 3 * BATCH == len(pd.read_csv(out))
     assert len(computed) == 3 * BATCH - full_after
 
 
 def test_a_damaged_file_of_rows_is_named(production, photos, tmp_path):
     (tmp_path / ".said.csv.part").write_bytes(b"no database" * 200)
-    with pytest.raises(UserError, match=r"\.said\.csv\.part: damaged"): write_predictions(list(image_files([photos])), tmp_path / "said.csv", settings=production[0])
+    with pytest.raises(UserError, match=r"\.said\.csv\.part: damaged"):
+        write_predictions(list(image_files([photos])), tmp_path / "said.csv", settings=production[0])
 
 
 def test_paths_that_are_not_there_or_cannot_be_read(tmp_path, monkeypatch):
@@ -166,5 +172,6 @@ def test_rows_are_what_the_model_says(production, photos, tmp_path):
     own = own_answers(production, "v0", [f.read_bytes() for f in files])
     for row, targets in zip(pd.read_parquet(tmp_path / "said.parquet").to_dict("records"), own, strict=True):
         for target, said in targets.items():
-            assert row[f"{target}.class"] == next(iter(said)) and abs(row[f"{target}.probability"] - next(iter(said.values()))) < 0.03
+            assert row[f"{target}.class"] == next(iter(said))
+            assert abs(row[f"{target}.probability"] - next(iter(said.values()))) < 0.03
         assert pd.isna(row["error"]) and row["model"] == f"{NAME}:v0"

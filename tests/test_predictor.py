@@ -26,7 +26,8 @@ from nbs_lib.tracking.promotion import promote, rollback
 
 
 def near(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(abs(one[t][c] - p) < 1e-3 for t, said in other.items() for c, p in said.items())
+    if one.keys() != other.keys(): return False
+    return all(abs(one[t][c] - p) < 1e-3 for t, said in other.items() for c, p in said.items())
 
 
 # Following
@@ -89,7 +90,8 @@ def test_a_version_given_by_number_is_kept(production):
 def test_a_version_that_cannot_be_taken_into_use_leaves_the_old_one_answering(production, tmp_path, damage):
     settings, tracker = production
     folder, data = bundle(tmp_path / "model", 7 + len(damage)), picture("red", 0)
-    if damage == "weights": (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5000])
+    if damage == "weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5000])
     if damage == "card": (folder / "model.json").write_text("{}")
     bad = log(tracker, folder)
     if damage == "gone from the store":
@@ -99,7 +101,8 @@ def test_a_version_that_cannot_be_taken_into_use_leaves_the_old_one_answering(pr
     predictor = Predictor(settings=settings, follow=False)
     before = predictor.predict_one(data)
     promote(tracker, NAME, bad.version)
-    with pytest.warns(UserWarning, match=f"{bad.ref} cannot be taken into use .*; {NAME}:v0 goes on answering"): predictor.refresh()
+    with pytest.warns(UserWarning, match=f"{bad.ref} cannot be taken into use .*; {NAME}:v0 goes on answering"):
+        predictor.refresh()
     predictor.refresh()  # not tried again at once
     assert predictor.predict_one(data) == before and before["model"] == f"{NAME}:v0"
     promote(tracker, NAME, "v1")
@@ -164,9 +167,11 @@ for change, then in ((partial(promote, version="v1"), "v1"), (rollback, "v0")):
         assert time.perf_counter() < start + 20
         time.sleep(0.02)
 """
-    env = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))} | wandb_server.env
+    env = {n: v for n, v in os.environ.items()
+           if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))} | wandb_server.env
     env |= {"LOOPBOOK_HOME": str(tmp_path), "LOOPBOOK_TRACKING__BACKEND": "wandb", "LOOPBOOK_PROJECT__NAME": "followed"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path,
+                          env=env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -192,14 +197,18 @@ def test_a_broken_image_is_an_error_in_its_place(production, tmp_path):
     Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
     with open(big, "wb") as file: file.truncate(60_000_000)
     (tmp_path / "good.jpg").write_bytes(picture("red", 0))
-    images = [picture("red", 0), b"", bomb.getvalue(), picture("blue", 1)[:500], big, tmp_path / "nowhere.jpg", tmp_path, tmp_path / "good.jpg"]
+    images = [picture("red", 0), b"", bomb.getvalue(), picture("blue", 1)[:500], big, tmp_path / "nowhere.jpg",
+              tmp_path, tmp_path / "good.jpg"]
     predictor = Predictor(settings=production[0])
     said = list(predictor.predict(images))
     assert ["error" in row for row in said] == [False] + [True] * 6 + [False] and said[0] == said[-1]
-    for row, word in zip(said[1:], ("empty", "megapixels", "", "60.0 MB, allowed are 50", "No such file", "directory"), strict=False): assert word in row["error"]
+    for row, word in zip(said[1:], ("empty", "megapixels", "", "60.0 MB, allowed are 50", "No such file", "directory"),
+                         strict=False):
+        assert word in row["error"]
     with pytest.raises(BadImage, match="megapixels"): predictor.predict_one(bomb.getvalue())
     with pytest.raises(BadImage): predictor.predict_one(picture("blue", 1)[:500])
-    assert list(predictor.predict([])) == [] and [row.keys() for row in predictor.predict([b""])] == [{"model", "error"}]
+    assert list(predictor.predict([])) == []
+    assert [row.keys() for row in predictor.predict([b""])] == [{"model", "error"}]
 
 
 def test_a_stream_is_read_only_some_batches_ahead(production):
@@ -223,9 +232,11 @@ def test_pixels_are_those_of_torchvision():
     how = preprocessing_of(create_backbone("tf_efficientnet_lite0", pretrained=False))
     for width, height in ((300, 200), (123, 457), (40, 40), (1, 9), (900, 5)):
         file = io.BytesIO()
-        Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)).save(file, "JPEG")
+        noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "JPEG")
         image, side = decode_rgb(file.getvalue()), max(1, round(min(width, height) * how.crop))
-        wanted = F.resized_crop(image, (height - side) // 2, (width - side) // 2, side, side, [how.size] * 2, InterpolationMode.BICUBIC, antialias=True)
+        wanted = F.resized_crop(image, (height - side) // 2, (width - side) // 2, side, side, [how.size] * 2,
+                                InterpolationMode.BICUBIC, antialias=True)
         assert torch.equal(preprocess(file.getvalue(), how), wanted)
 
 
@@ -241,5 +252,6 @@ before = psutil.Process().num_threads()
 for _ in range(3): preprocess(data, how)
 print(psutil.Process().num_threads() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent,
+                          check=True)
     assert done.stdout.strip() == "0"

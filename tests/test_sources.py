@@ -55,34 +55,43 @@ both = pytest.mark.parametrize("make", [make_zip, make_folder])
 @both
 @pytest.mark.parametrize("top", ["", "my photos/", "a/b/"])
 def test_class_folders(tmp_path, make, top):
-    names = ["it's a cat/1.jpg", 'the "dog"/a b.jpg', "Köter, 犬/1.JPG", "Köter, 犬/deep/er/2.png", "Köter, 犬/note.txt"]
+    names = ["it's a cat/1.jpg", 'the "dog"/a b.jpg', "Köter, 犬/1.JPG", "Köter, 犬/deep/er/2.png",
+             "Köter, 犬/note.txt"]
     junk = [".DS_Store", "__MACOSX/._1.jpg", "it's a cat/Thumbs.db", ".git/x.jpg", "desktop.ini"]
     items = found(make(tmp_path / "source", {top + n: b"" for n in names + junk} | {top + "empty/": b""}))
-    assert {n.removeprefix(top): v for n, v in items.items()} == {n: {"label": n.split("/")[0]} for n in names} | {"empty/": "empty class folder"}
+    wanted = {n: {"label": n.split("/")[0]} for n in names} | {"empty/": "empty class folder"}
+    assert {n.removeprefix(top): v for n, v in items.items()} == wanted
 
 
 @both
 def test_split_folders_are_joined(tmp_path, make):
-    files = {f"cifar/{s}/{c}/{n}.jpg": b"" for s in ("train", "Val", "test") for c in ("cat", "dog") for n in range(2)} | {"cifar/README.md": b"", "cifar/test/bird/": b""}
+    files = {f"cifar/{s}/{c}/{n}.jpg": b"" for s in ("train", "Val", "test") for c in ("cat", "dog") for n in range(2)}
+    files |= {"cifar/README.md": b"", "cifar/test/bird/": b""}
     items = found(make(tmp_path / "source", files), target="animal")
-    assert len(items) == 13 and items["cifar/Val/dog/1.jpg"] == {"animal": "dog"} and items["cifar/test/bird/"] == "empty class folder"
+    assert len(items) == 13 and items["cifar/Val/dog/1.jpg"] == {"animal": "dog"}
+    assert items["cifar/test/bird/"] == "empty class folder"
 
 
 @both
 @pytest.mark.parametrize("table", ["labels.csv", "metadata.csv", "top/labels.csv"])
 def test_table(tmp_path, make, table):
     top = table.rpartition("/")[0] + "/" if "/" in table else ""
-    text = '\ufefffile_name,beard,hair\r\n1.jpg,yes,"black, long"\r\nsub/2.jpg,,blonde\r\n3.jpg,no,\r\ngone.jpg,no,red\r\n\r\n'
-    items = found(make(tmp_path / "source", {table: text.encode()} | {top + n: b"" for n in ("1.jpg", "sub/2.jpg", "3.jpg", "unnamed.jpg", "licence.txt")}))
+    text = ('\ufefffile_name,beard,hair\r\n1.jpg,yes,"black, long"\r\nsub/2.jpg,,blonde\r\n3.jpg,no,\r\n'
+            'gone.jpg,no,red\r\n\r\n')
+    images = {top + n: b"" for n in ("1.jpg", "sub/2.jpg", "3.jpg", "unnamed.jpg", "licence.txt")}
+    items = found(make(tmp_path / "source", {table: text.encode()} | images))
     assert {n.removeprefix(top): v for n, v in items.items()} == {
-        "1.jpg": {"beard": "yes", "hair": "black, long"}, "sub/2.jpg": {"beard": None, "hair": "blonde"}, "3.jpg": {"beard": "no", "hair": None},
+        "1.jpg": {"beard": "yes", "hair": "black, long"}, "sub/2.jpg": {"beard": None, "hair": "blonde"},
+        "3.jpg": {"beard": "no", "hair": None},
         "unnamed.jpg": {"beard": None, "hair": None}, "gone.jpg": f"named in {table}, but not there"}
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("", "file_name"), ("name,label\n1.jpg,cat\n", "file_name"), ("file_name\n1.jpg\n", "file_name"), ("file_name,a,a\n1.jpg,b,c\n", "each once"),
-    ("file_name,label\n1.jpg,cat,dog\n", "line 2: 3 cells"), ("file_name,label\n1.jpg,cat\n1.jpg,dog\n", "line 3: '1.jpg' has another label"),
-    ("file_name,label\n1.jpg,\n", "no labelled images"), (b"file_name,label\n1.jpg,\xff\xfe\n", "not a CSV table in UTF-8")])
+    ("", "file_name"), ("name,label\n1.jpg,cat\n", "file_name"), ("file_name\n1.jpg\n", "file_name"),
+    ("file_name,a,a\n1.jpg,b,c\n", "each once"), ("file_name,label\n1.jpg,cat,dog\n", "line 2: 3 cells"),
+    ("file_name,label\n1.jpg,cat\n1.jpg,dog\n", "line 3: '1.jpg' has another label"),
+    ("file_name,label\n1.jpg,\n", "no labelled images"),
+    (b"file_name,label\n1.jpg,\xff\xfe\n", "not a CSV table in UTF-8")])
 def test_broken_tables(tmp_path, text, words):
     make_folder(tmp_path / "source", {"labels.csv": text if isinstance(text, bytes) else text.encode(), "1.jpg": jpg()})
     with pytest.raises(UserError, match=words): found(tmp_path / "source")
@@ -90,7 +99,8 @@ def test_broken_tables(tmp_path, text, words):
 
 @both
 def test_nothing_to_learn_from(tmp_path, make):
-    with pytest.raises(UserError, match="no labelled images"): found(make(tmp_path / "source", {"1.jpg": jpg(), "2.jpg": jpg()}))
+    with pytest.raises(UserError, match="no labelled images"):
+        found(make(tmp_path / "source", {"1.jpg": jpg(), "2.jpg": jpg()}))
     with pytest.raises(UserError, match="no such folder"): found(tmp_path / "nowhere")
 
 
@@ -104,7 +114,8 @@ def test_files_that_cannot_be_read(tmp_path):
     make_folder(tmp_path / "source", {"cat/1.jpg": jpg(), "cat/large.jpg": bytes(2_000_000)})
     (tmp_path / "source" / "cat" / "dangling.jpg").symlink_to(tmp_path / "nowhere")
     items = found(tmp_path / "source", limits=Data(max_file_mb=1))
-    assert "2.0 MB, allowed are 1" in items["cat/large.jpg"] and "cannot be read" in items["cat/dangling.jpg"] and items["cat/1.jpg"] == {"label": "cat"}
+    assert "2.0 MB, allowed are 1" in items["cat/large.jpg"] and "cannot be read" in items["cat/dangling.jpg"]
+    assert items["cat/1.jpg"] == {"label": "cat"}
     path = make_zip(tmp_path / "a.zip", {"cat/1.jpg": jpg(1), "cat/2.jpg": jpg(2)})
     data = bytearray(path.read_bytes())
     data[data.index(jpg(1)) + 200] ^= 255
@@ -121,7 +132,8 @@ def test_names_that_are_no_text(tmp_path):
 
 # ---- zips of strangers
 
-@pytest.mark.parametrize("name", ["../x.jpg", "cat/../../x.jpg", "/etc/x.jpg", "C:\\x.jpg", "..\\x.jpg", "\\\\server\\x.jpg"])
+@pytest.mark.parametrize("name", ["../x.jpg", "cat/../../x.jpg", "/etc/x.jpg", "C:\\x.jpg", "..\\x.jpg",
+                                  "\\\\server\\x.jpg"])
 def test_zip_that_leaves_its_place(tmp_path, name):
     path = make_zip(tmp_path / "a.zip", {"cat/1.jpg": jpg(), name: jpg()})
     with pytest.raises(UserError, match="outside of the archive"): found(path)
@@ -202,8 +214,10 @@ def test_broken_connection_goes_on_where_it_stopped(web, tmp_path):
     web.breaks = 2
     path = download(web.url, tmp_path / "raw")
     assert path.read_bytes() == web.content and len(web.requests) == 3
-    assert web.requests[1][1:] == (f"bytes={len(web.content) // 3}-", '"one"') and not list((tmp_path / "raw").glob("*.part*"))
-    assert download(web.url, tmp_path / "raw") == path and len(web.requests) == 4, "and the next time the server says 304"
+    assert web.requests[1][1:] == (f"bytes={len(web.content) // 3}-", '"one"')
+    assert not list((tmp_path / "raw").glob("*.part*"))
+    assert download(web.url, tmp_path / "raw") == path
+    assert len(web.requests) == 4, "and the next time the server says 304"
 
 
 def test_next_run_goes_on(web, tmp_path):
@@ -211,7 +225,8 @@ def test_next_run_goes_on(web, tmp_path):
     with pytest.raises(UserError, match="goes on where this stopped"): download(web.url, tmp_path / "raw")
     part = next((tmp_path / "raw").glob("*.part"))
     assert 0 < part.stat().st_size < len(web.content) and web.content.startswith(part.read_bytes())
-    assert download(web.url, tmp_path / "raw").read_bytes() == web.content and web.requests[-1][1] == f"bytes={part_size(web)}-"
+    assert download(web.url, tmp_path / "raw").read_bytes() == web.content
+    assert web.requests[-1][1] == f"bytes={part_size(web)}-"
 
 
 def part_size(web) -> int:
@@ -258,18 +273,22 @@ def test_sha256(web, tmp_path):
     with pytest.raises(UserError, match=f"SHA-256 is {right}"): download(web.url, tmp_path / "raw", "0" * 64)
     assert not [p for p in (tmp_path / "raw").iterdir() if p.suffix == ".zip"]
     path, asked = download(web.url, tmp_path / "raw", right.upper()), len(web.requests)
-    assert download(web.url, tmp_path / "raw", right) == path and len(web.requests) == asked, "the server is not asked again"
+    assert download(web.url, tmp_path / "raw", right) == path
+    assert len(web.requests) == asked, "the server is not asked again"
 
 
 def test_what_else_goes_wrong(web, tmp_path, settings):
     recipe = Recipe()
     with pytest.raises(UserError, match="HTTP 404"): download(web.url + "x", tmp_path / "raw")
     with pytest.raises(UserError, match="allowed are 1e-05"): download(web.url, tmp_path / "raw", max_gb=1e-5)
-    with pytest.raises(UserError, match="check the address"): download("http://127.0.0.1:9/photos.zip", tmp_path / "raw")
-    with pytest.raises(UserError, match="check the address") as error: download("http://ada:secret@127.0.0.1:9/photos.zip", tmp_path / "raw")
+    with pytest.raises(UserError, match="check the address"):
+        download("http://127.0.0.1:9/photos.zip", tmp_path / "raw")
+    with pytest.raises(UserError, match="check the address") as error:
+        download("http://ada:secret@127.0.0.1:9/photos.zip", tmp_path / "raw")
     assert "secret" not in str(error.value) and public("http://ada:secret@x.org/a.zip") == "http://x.org/a.zip"
     web.content = b"<html>Please log in</html>"
-    with pytest.raises(UserError, match="not a zip, it begins with b'<html>"): list(open_source(web.url, recipe, settings))
+    with pytest.raises(UserError, match="not a zip, it begins with b'<html>"):
+        list(open_source(web.url, recipe, settings))
     assert not list((settings.home / "data" / "raw").glob("*.zip"))
 
 
@@ -289,45 +308,57 @@ def test_address_as_source(web, settings):
 
 def test_hugging_face(settings):
     import datasets
-    features = datasets.Features({"img": datasets.Image(), "animal": datasets.ClassLabel(names=["cat", "dog"]), "caption": datasets.Value("string")})
-    rows = [{"img": {"bytes": jpg(n), "path": None}, "animal": n % 2 if n else -1, "caption": f"number {n}"} for n in range(20)]
+    features = datasets.Features({"img": datasets.Image(), "animal": datasets.ClassLabel(names=["cat", "dog"]),
+                                  "caption": datasets.Value("string")})
+    rows = [{"img": {"bytes": jpg(n), "path": None}, "animal": n % 2 if n else -1, "caption": f"number {n}"}
+            for n in range(20)]
     table = datasets.Dataset.from_list(rows, features=features)
     datasets.DatasetDict(train=table, test=table.select(range(5))).save_to_disk(str(settings.home / "saved"))
     items = list(open_source("hf:saved", Recipe(), settings))
-    assert len(items) == 25 and items[3].data == jpg(3) and items[3].labels == {"animal": "dog"} and items[0].labels == {"animal": None}
-    assert len(list(open_source("hf:saved@test", Recipe(), settings))) == 5 and len(list(open_source("hf:saved", Recipe(images=7), settings))) == 7
-    with pytest.raises(UserError, match="there are: train, test"): list(open_source("hf:saved@other", Recipe(), settings))
+    assert len(items) == 25 and items[3].data == jpg(3) and items[3].labels == {"animal": "dog"}
+    assert items[0].labels == {"animal": None}
+    assert len(list(open_source("hf:saved@test", Recipe(), settings))) == 5
+    assert len(list(open_source("hf:saved", Recipe(images=7), settings))) == 7
+    with pytest.raises(UserError, match="there are: train, test"):
+        list(open_source("hf:saved@other", Recipe(), settings))
     table.remove_columns("animal").to_parquet(str(settings.home / "text" / "data.parquet"))
     assert next(open_source("hf:text", Recipe(), settings)).labels == {"caption": "number 0"}
     table.remove_columns("img").to_parquet(str(settings.home / "none" / "data.parquet"))
     with pytest.raises(UserError, match="needs an image column"): list(open_source("hf:none", Recipe(), settings))
-    assert source_signature("hf:saved", Recipe(), settings) and source_signature("hf:ada/photos", Recipe(), settings) is None
+    assert source_signature("hf:saved", Recipe(), settings)
+    assert source_signature("hf:ada/photos", Recipe(), settings) is None
 
 
 def test_hugging_face_out_of_reach(settings, monkeypatch):
     import datasets
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="give a folder or zip"): list(open_source("hf:nobody/nothing-here", Recipe(), settings))
+    with pytest.raises(UserError, match="give a folder or zip"):
+        list(open_source("hf:nobody/nothing-here", Recipe(), settings))
 
 
 def test_own_version_as_source(settings):
     from nbs_lib.data.items import Item
     from nbs_lib.data.write import write_version
-    written = write_version(settings.home / "version", [Item(f"{n}", jpg(n), {"animal": ("cat", "dog")[n % 2]}) for n in range(0, 40)], name="a", source="b")
+    written = write_version(settings.home / "version",
+                            [Item(f"{n}", jpg(n), {"animal": ("cat", "dog")[n % 2]}) for n in range(0, 40)], name="a",
+                            source="b")
     items = list(open_source("hf:version", Recipe(), settings))
-    assert len(items) == len(written.rows) and {i.labels["animal"] for i in items} == {"cat", "dog"} and items[0].labels.keys() == {"animal"}
+    assert len(items) == len(written.rows) and {i.labels["animal"] for i in items} == {"cat", "dog"}
+    assert items[0].labels.keys() == {"animal"}
 
 
 def test_oxford_pets(settings):
     pets = settings.home / "data" / "raw" / "torchvision" / "oxford-iiit-pet"
     for folder in ("images", "annotations/trimaps"): (pets / folder).mkdir(parents=True)
     for part, numbers in (("trainval", (1, 2)), ("test", (3,))):
-        (pets / "annotations" / f"{part}.txt").write_text("".join(f"Abyssinian_{n} 1 1 1\nbeagle_{n} 2 2 1\n" for n in numbers))
+        lines = "".join(f"Abyssinian_{n} 1 1 1\nbeagle_{n} 2 2 1\n" for n in numbers)
+        (pets / "annotations" / f"{part}.txt").write_text(lines)
         for n in numbers:
             for breed in ("Abyssinian", "beagle"): (pets / "images" / f"{breed}_{n}.jpg").write_bytes(jpg(n))
     items = list(open_source("torchvision:OxfordIIITPet", Recipe(target="animal"), settings))
-    assert {i.name: i.labels["animal"] for i in items} == {f"{b}_{n}.jpg": a for n in (1, 2, 3) for b, a in (("Abyssinian", "cat"), ("beagle", "dog"))}
+    assert {i.name: i.labels["animal"] for i in items} == {
+        f"{b}_{n}.jpg": a for n in (1, 2, 3) for b, a in (("Abyssinian", "cat"), ("beagle", "dog"))}
     assert items[0].data == jpg(1)
 
 
@@ -346,7 +377,8 @@ def test_torchvision_out_of_reach(settings, monkeypatch):
     import urllib.request
     def refuse(*_, **__): raise urllib.error.URLError("no network")
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(UserError, match="SOURCE=folder or zip"): list(open_source("torchvision:OxfordIIITPet", Recipe(), settings))
+    with pytest.raises(UserError, match="SOURCE=folder or zip"):
+        list(open_source("torchvision:OxfordIIITPet", Recipe(), settings))
 
 
 # ---- faces and signatures
@@ -371,7 +403,9 @@ def test_every_class_of_the_faces_is_drawn():
 def test_signature_of_local_sources(home, settings, make):
     path, recipe = make(home / "source", {"cat/1.jpg": jpg(1), "dog/1.jpg": jpg(2)}), Recipe()
     first = source_signature("source", recipe, settings)
-    assert first == source_signature("source", recipe, settings) and first != source_signature("source", Recipe(images=1), settings)
+    assert first == source_signature("source", recipe, settings)
+    assert first != source_signature("source", Recipe(images=1), settings)
     file = path if path.is_file() else path / "cat" / "1.jpg"
     os.utime(file, (time.time() + 5,) * 2)
-    assert source_signature("source", recipe, settings) != first and source_signature("nowhere", recipe, settings) is None
+    assert source_signature("source", recipe, settings) != first
+    assert source_signature("nowhere", recipe, settings) is None

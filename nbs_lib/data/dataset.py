@@ -28,10 +28,28 @@ OWN = ("id", "image", "split", "source", "added_at")
 def _schema(targets: list[str]) -> tuple:
     "The Arrow schema, and the same in the words of Hugging Face."
     import pyarrow as pa
-    schema = pa.schema([("id", pa.string()), ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-                        *((t, pa.string()) for t in (*targets, "split", "source")), ("added_at", pa.timestamp("ms", tz="UTC"))])
-    features = {f.name: {"_type": "Image"} if f.name == "image" else {"dtype": str(f.type), "_type": "Value"} for f in schema}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    texts = [(name, pa.string()) for name in (*targets, "split", "source")]
+    schema = pa.schema([("id", pa.string()), ("image", image), *texts, ("added_at", pa.timestamp("ms", tz="UTC"))])
+    features = {f.name: {"_type": "Image"} if f.name == "image" else {"dtype": str(f.type), "_type": "Value"}
+                for f in schema}
     return schema, {"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False)}
+
+# %% ../../notebooks/library/data/03_dataset.ipynb #2e058d95
+def _bytes_of(shards: list[Path], wanted: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    "Position and bytes of the images in `wanted`, bool (rows of all shards,)."
+    import pyarrow.parquet as pq
+    start = 0
+    for shard in shards:
+        with pq.ParquetFile(shard) as file:
+            for group in range(file.num_row_groups):
+                stop = start + file.metadata.row_group(group).num_rows
+                hits = wanted[start:stop].nonzero()[0]
+                if len(hits):
+                    column = file.read_row_group(group, columns=["image.bytes"]).column(0).combine_chunks()
+                    for hit, data in zip(hits, column.field("bytes").take(hits), strict=True):
+                        yield int(start + hit), data.as_py()
+                start = stop
 
 # %% ../../notebooks/library/data/03_dataset.ipynb #8cffb3cb
 class Dataset:
@@ -39,9 +57,11 @@ class Dataset:
     def __init__(self, folder: Path, ref: str | None = None):
         self.folder, self.ref = Path(folder), ref
         try: self.card: dict = json.loads((self.folder / "dataset.json").read_text("utf-8"))
-        except (OSError, ValueError) as error: raise UserError(f"{self.folder}: not a dataset version ({error})") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder}: not a dataset version ({error})") from None
 
-    def __repr__(self): return f"Dataset({self.card['name']!r}, {self.card['rows']:,} rows, {', '.join(self.targets)})"
+    def __repr__(self):
+        return f"Dataset({self.card['name']!r}, {self.card['rows']:,} rows, {', '.join(self.targets)})"
 
     @property
     def targets(self) -> dict[str, list[str]]:
@@ -69,19 +89,9 @@ class Dataset:
 
     def images(self, ids: Iterable[str] | None = None) -> Iterator[tuple[str, bytes]]:
         "Pairs of id and bytes in the order of `rows`, of all images or of `ids`; one row group is in memory at a time."
-        import pyarrow.parquet as pq
         names = self.history["id"]
         wanted = ~names.duplicated() if ids is None else ~names.duplicated() & names.isin(set(ids))
-        names, wanted, start = names.to_numpy(), wanted.to_numpy(), 0
-        for shard in self.shards:
-            with pq.ParquetFile(shard) as file:
-                for group in range(file.num_row_groups):
-                    stop = start + file.metadata.row_group(group).num_rows
-                    hits = wanted[start:stop].nonzero()[0]
-                    if len(hits):
-                        column = file.read_row_group(group, columns=["image.bytes"]).column(0).combine_chunks().field("bytes").take(hits)
-                        for hit, data in zip(hits, column, strict=True): yield str(names[start + hit]), data.as_py()
-                    start = stop
+        for position, data in _bytes_of(self.shards, wanted.to_numpy()): yield str(names.iloc[position]), data
 
     def image(self, id: str) -> bytes:
         "The bytes of one image; raises KeyError."
@@ -91,7 +101,8 @@ class Dataset:
 # %% ../../notebooks/library/data/03_dataset.ipynb #a4f51725
 def class_numbers(rows: pd.DataFrame, targets: dict[str, list[str]]) -> dict[str, np.ndarray]:
     "int64 (n,) for each target: the class's position, -1 where there is no label or the class is not among `targets`."
-    return {t: rows[t].map({c: i for i, c in enumerate(classes)}).fillna(-1).to_numpy(np.int64) for t, classes in targets.items()}
+    return {t: rows[t].map({c: i for i, c in enumerate(classes)}).fillna(-1).to_numpy(np.int64)
+            for t, classes in targets.items()}
 
 # %% ../../notebooks/library/data/03_dataset.ipynb #f9f7d492
 def image_places(dataset: Dataset, ids: Sequence[str]) -> np.ndarray:

@@ -22,8 +22,8 @@ HAIR = {
     "bald": ["NONE"],
     "short": ["CAESAR", "CAESAR_SIDE_PART", "SHAGGY", "SHORT_CURLY", "SHORT_DREADS_1", "SHORT_FLAT", "SHORT_ROUND",
               "SHORT_WAVED", "BUZZCUT", "PIXIE", "POMPADOUR", "QUIFF"],
-    "long": ["BOB", "CURVY", "DREADS", "LONG_NOT_TOO_LONG", "MIA_WALLACE", "STRAIGHT_1", "STRAIGHT_STRAND", "LOOSE_HAIR",
-             "TWIST_LONG_HAIR", "TWIST_LONG_HAIR_2"],
+    "long": ["BOB", "CURVY", "DREADS", "LONG_NOT_TOO_LONG", "MIA_WALLACE", "STRAIGHT_1", "STRAIGHT_STRAND",
+             "LOOSE_HAIR", "TWIST_LONG_HAIR", "TWIST_LONG_HAIR_2"],
 }
 COLORS = {"black": ["#231915", "#1F1A1C"], "brown": ["#7A4A2A", "#835033"], "blonde": ["#F0CF65", "#F5DA80"],
           "red": ["#D93A0B", "#E8500F"], "gray": ["#B9BCC4", "#CDD0D6"]}
@@ -31,8 +31,9 @@ FACIAL_HAIR = {("no", "no"): ["NONE"], ("no", "yes"): ["MOUSTACHE_FANCY", "MOUST
                ("yes", "yes"): ["BEARD_LIGHT", "BEARD_MEDIUM", "BEARD_MAGESTIC", "WICK_BEARD"]}
 GLASSES = {"none": ["NONE", "NONE", "NONE", "EYEPATCH"], "glasses": ["PRESCRIPTION_1", "PRESCRIPTION_2", "ROUND"],
            "sunglasses": ["KURT", "SUNGLASSES", "SUNGLASSES_2", "WAYFARERS", "WAYFARERS_2"]}
-BACKGROUNDS = ["#65C9FF", "#B6E3F4", "#C0AEDE", "#D1D4F9", "#FFD5DC", "#FFDFBF", "#C8E6C9", "#F5F5F5", "#B0BEC5", "#FFF59D"]
-FACE_SIDE = 160
+BACKGROUNDS = ["#65C9FF", "#B6E3F4", "#C0AEDE", "#D1D4F9", "#FFD5DC", "#FFDFBF", "#C8E6C9", "#F5F5F5", "#B0BEC5",
+               "#FFF59D"]
+FACE_SIDE = 160  # pixels
 
 # %% ../../notebooks/library/data/02_faces.ipynb #ab205dc1
 def draw_face(seed: int, n: int) -> tuple[bytes, dict[str, str | None]]:
@@ -48,21 +49,26 @@ def draw_face(seed: int, n: int) -> tuple[bytes, dict[str, str | None]]:
     shade = rng.choice(COLORS[color])
     svg = pa.Avatar(
         top=pa.HairType[rng.choice(HAIR[length])], hair_color=shade, facial_hair_color=shade,
-        facial_hair=pa.FacialHairType[rng.choice(FACIAL_HAIR[beard, moustache])], accessory=pa.AccessoryType[rng.choice(GLASSES[glasses])],
-        skin_color=one(pa.SkinColor), eyes=one(pa.EyeType), eyebrows=one(pa.EyebrowType), nose=one(pa.NoseType), mouth=one(pa.MouthType, {"VOMIT"}),
-        clothing=one(pa.ClothingType, {"NONE"}), clothing_color=one(pa.ClothingColor), shirt_graphic=one(pa.ClothingGraphic, {"CUSTOM_TEXT"})).render()
+        facial_hair=pa.FacialHairType[rng.choice(FACIAL_HAIR[beard, moustache])],
+        accessory=pa.AccessoryType[rng.choice(GLASSES[glasses])],
+        skin_color=one(pa.SkinColor), eyes=one(pa.EyeType), eyebrows=one(pa.EyebrowType), nose=one(pa.NoseType),
+        mouth=one(pa.MouthType, {"VOMIT"}), clothing=one(pa.ClothingType, {"NONE"}),
+        clothing_color=one(pa.ClothingColor), shirt_graphic=one(pa.ClothingGraphic, {"CUSTOM_TEXT"})).render()
     side = rng.uniform(170, 220)
-    view = f'viewBox="{132 - side / 2 + rng.uniform(-15, 15):.1f} {115 - side / 2 + rng.uniform(-10, 10):.1f} {side:.1f} {side:.1f}"'
-    svg = svg.replace('width="264px" height="280px" viewBox="0 0 264 280"', f'width="{FACE_SIDE}" height="{FACE_SIDE}" {view}', 1)
+    left, top = 132 - side / 2 + rng.uniform(-15, 15), 115 - side / 2 + rng.uniform(-10, 10)
+    svg = svg.replace('width="264px" height="280px" viewBox="0 0 264 280"', f'width="{FACE_SIDE}" height="{FACE_SIDE}" '
+                      f'viewBox="{left:.1f} {top:.1f} {side:.1f} {side:.1f}"', 1)
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, background=rng.choice(BACKGROUNDS), skip_system_fonts=True))
-    return png, {"beard": beard, "moustache": moustache, "glasses": glasses, "hair_color": None if length == "bald" else color, "hair_length": length}
+    return png, {"beard": beard, "moustache": moustache, "glasses": glasses,
+                 "hair_color": None if length == "bald" else color, "hair_length": length}
 
 # %% ../../notebooks/library/data/02_faces.ipynb #956976d2
 def draw_faces(images: int = 1200, seed: int = 0) -> Iterator[Item]:
     "`images` faces of `seed`, in order."
-    from nbs_lib.data import faces as module# the other processes know the function by this name, not as a cell of this notebook
+    from nbs_lib.data import faces as module  # the other processes know the function by this name
     from tqdm.auto import tqdm
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16, -(-images // 20)), get_context("spawn")) as pool:
         faces = pool.map(module.draw_face, repeat(seed), range(images), chunksize=20)
-        for n, (png, labels) in enumerate(tqdm(faces, desc="faces", total=images, unit="image", mininterval=2, leave=False)):
+        faces = tqdm(faces, desc="faces", total=images, unit="image", mininterval=2, leave=False)
+        for n, (png, labels) in enumerate(faces):
             yield Item(f"face-{seed}-{n:05}.png", png, labels)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['FORMATS', 'image_id', 'BadImage', 'open_image', 'check_image', 'picture', 'decode_rgb', 'Preprocessing', 'preprocess',
-           'stack']
+__all__ = ['FORMATS', 'image_id', 'BadImage', 'open_image', 'check_image', 'picture', 'decode_rgb', 'Preprocessing', 'preprocess']
 
 # %% ../../notebooks/library/data/00_images.ipynb #320bcc74
 def image_id(data: bytes) -> str:
@@ -52,10 +50,11 @@ def _orientation(image: Image.Image) -> int:
 
 # %% ../../notebooks/library/data/00_images.ipynb #8f888726
 def check_image(data: bytes, max_megapixels: float = 100) -> tuple[int, int, str]:
-    "Width and height in pixels after EXIF rotation, and the format (`JPEG`, `PNG`…); decodes all of `data`, raises `BadImage`."
+    """Width and height in pixels after EXIF rotation, and the format (`JPEG`, `PNG`…); decodes all of `data`,
+    raises `BadImage`."""
     image = open_image(data, max_megapixels)
     width, height = image.size
-    orientation, format = _orientation(image), "JPEG" if image.format == "MPO" else image.format
+    orientation, format = _orientation(image), "JPEG" if image.format == "MPO" else image.format or ""
     try:
         image.draft("RGB", (1, 1))
         image.load()
@@ -79,7 +78,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 # %% ../../notebooks/library/data/00_images.ipynb #5c0f76e8
 def picture(data: bytes, enough: int | None = None) -> Image.Image:
-    "The image of a file, upright and RGB, to look at; one of which `enough` pixels a side will do may come smaller, and sooner; raises `BadImage`."
+    """The image of a file, upright and RGB, to look at; one of which `enough` pixels a side will do may come smaller,
+    and sooner; raises `BadImage`."""
     image = open_image(data)
     try:
         if enough: image.draft("RGB", (enough, enough))
@@ -87,13 +87,15 @@ def picture(data: bytes, enough: int | None = None) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
     except Exception as error: raise BadImage(" ".join(str(error).split()) or "broken image data") from None
 
-def decode_rgb(data: bytes):
+# %% ../../notebooks/library/data/00_images.ipynb #3e1f478b
+def decode_rgb(data: bytes) -> torch.Tensor:
     "The pixels of an image file, upright: `torch.uint8` of shape (3, height, width); raises `BadImage`."
     import torch
     load_vision()
     from torchvision.io import ImageReadMode, decode_jpeg
     if data[:2] == b"\xff\xd8":
-        try: return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
+        coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try: return decode_jpeg(coded, ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError: pass  # rare kinds of JPEG; and Pillow has the clearer words for broken ones
     import numpy as np
     return torch.from_numpy(np.array(picture(data))).permute(2, 0, 1)
@@ -121,9 +123,3 @@ def preprocess(data: bytes, how: Preprocessing) -> torch.Tensor:
     square = torch.from_numpy(np.ascontiguousarray(image[top:top + side, left:left + side])).permute(2, 0, 1)
     small = interpolate(square[None], (how.size, how.size), mode=how.interpolation, antialias=True)[0]
     return torch.from_numpy(np.ascontiguousarray(small.numpy()))
-
-# %% ../../notebooks/library/data/00_images.ipynb #9b64eee4
-def stack(files: Iterable[bytes], how: Preprocessing) -> np.ndarray:
-    "Image files' bytes as one uint8 (n, 3, s, s) input of a network; raises `BadImage`."
-    import numpy as np
-    return np.stack([preprocess(data, how).numpy() for data in files])

@@ -11,30 +11,40 @@ import io
 import os
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from ..core.errors import UserError
 from ..core.settings import Data
 
 # %% auto #0
-__all__ = ['TABLES', 'SPLIT_FOLDERS', 'SUFFIXES', 'Item', 'read_items']
+__all__ = ['TABLES', 'SPLIT_FOLDERS', 'SUFFIXES', 'Labels', 'Item', 'read_items']
 
 # %% ../../notebooks/library/data/01_items.ipynb #287b4bdb
 @dataclass(slots=True)
 class Item:
-    "One file of a source; its labels are target -> class, None where unlabelled. An empty class folder is an item whose name ends with `/`."
-    name: str
-    data: bytes | None
-    labels: dict[str, str | None]
-    problem: str | None = None
-    source: str = "download"
+    "One file of a source; an empty class folder is an item whose name ends with `/`."
+    name: str                        # where it lay
+    data: bytes | None               # None where it could not be read
+    labels: Mapping[str, str | None] # target -> class, None where unlabelled
+    problem: str | None = None       # why there are no bytes
+    source: str = "download"         # or feedback:USER
+
+# %% ../../notebooks/library/data/01_items.ipynb #5411ed5c
+class _Container(Protocol):
+    "What a folder and a zip have in common."
+    files: dict[str, int]  # name -> bytes
+    folders: list[str]     # names that end with `/`
+    def read(self, name: str) -> bytes: ...
 
 # %% ../../notebooks/library/data/01_items.ipynb #a32c48b7
 class _Folder:
-    def __init__(self, path: Path, limits: Data):
-        self.path, self.files, self.folders = path, {}, []
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: dict[str, int] = {}
+        self.folders: list[str] = []
         for folder, folders, files in os.walk(path):
             folders.sort()
             here = "" if folder == str(path) else Path(folder).relative_to(path).as_posix() + "/"
@@ -47,23 +57,32 @@ class _Folder:
     def read(self, name: str) -> bytes: return (self.path / name).read_bytes()
 
 # %% ../../notebooks/library/data/01_items.ipynb #6dfdce5e
+def _member_name(path: Path, member: zipfile.ZipInfo) -> str:
+    "The name of a zip's member, with `/`; raises `UserError` for one that is dangerous or cannot be read."
+    name = member.filename.replace("\\", "/")
+    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+        raise UserError(f"{path}: {member.filename!r} would lie outside of the archive; refused, make the zip anew")
+    if stat.S_ISLNK(member.external_attr >> 16):
+        raise UserError(f"{path}: {name!r} is a link; refused, make a zip of files only")
+    if member.flag_bits & 1: raise UserError(f"{path}: {name!r} is encrypted; make a zip without a password")
+    return name
+
 class _Zip:
-    def __init__(self, path: Path, limits: Data):
+    def __init__(self, path: Path, max_gb: float):
         try: self.zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error: raise UserError(f"{path}: not a zip that can be read ({error})") from None
-        self.files, self.folders, self.members = {}, [], {}
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{path}: not a zip that can be read ({error})") from None
+        self.files: dict[str, int] = {}
+        self.folders: list[str] = []
+        self.members: dict[str, zipfile.ZipInfo] = {}
         for member in self.zip.infolist():
-            name = member.filename.replace("\\", "/")
-            if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
-                raise UserError(f"{path}: {member.filename!r} would lie outside of the archive; refused, make the zip anew")
-            if stat.S_ISLNK(member.external_attr >> 16):
-                raise UserError(f"{path}: {name!r} is a link; refused, make a zip of files only")
-            if member.flag_bits & 1: raise UserError(f"{path}: {name!r} is encrypted; make a zip without a password")
+            name = _member_name(path, member)
             if member.is_dir(): self.folders.append(name)
             else: self.files[name], self.members[name] = member.file_size, member
         total = sum(self.files.values()) / 1e9
-        if total > limits.max_archive_gb:
-            raise UserError(f"{path} unpacks to {total:,.2f} GB, allowed are {limits.max_archive_gb:g}; see max_archive_gb under [data]")
+        if total > max_gb:
+            raise UserError(f"{path} unpacks to {total:,.2f} GB, allowed are {max_gb:g}; "
+                            "see max_archive_gb under [data]")
 
     def read(self, name: str) -> bytes: return self.zip.read(self.members[name])
 
@@ -74,8 +93,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", "
 
 def _ignored(name: str) -> bool:
     parts = name.rstrip("/").split("/")
-    return any(p.startswith(".") or p == "__MACOSX" for p in parts) or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+    hidden = any(p.startswith(".") or p == "__MACOSX" for p in parts)
+    return hidden or parts[-1].lower() in ("thumbs.db", "desktop.ini")
 
+# %% ../../notebooks/library/data/01_items.ipynb #d46233ed
 def _roots(names: list[str]) -> list[str]:
     "The folders that hold class folders or a table: without common parents, one for each split."
     top = ""
@@ -90,72 +111,111 @@ def _roots(names: list[str]) -> list[str]:
     return [top]
 
 # %% ../../notebooks/library/data/01_items.ipynb #03765bc0
-def _table(place: str, data: bytes) -> dict[str, dict[str, str | None]]:
+Labels = dict[str, dict[str, str | None]]  # file name -> target -> class
+
+def _table(place: str, data: bytes) -> Labels:
     "File name -> labels, from the bytes of a table; `place` is for messages."
     try: rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig")), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error: raise UserError(f"{place}: not a CSV table in UTF-8 ({error})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{place}: not a CSV table in UTF-8 ({error})") from None
     header = [column.strip() for column in rows[0]] if rows else []
     if "file_name" not in header or len(header) < 2 or len(set(header)) < len(header) or "" in header:
-        raise UserError(f"{place}: its first line must name the column file_name and one column a target, each once; it is {','.join(header)!r}")
-    found: dict = {}
+        raise UserError(f"{place}: its first line must name the column file_name and one column a target, each once; "
+                        f"it is {','.join(header)!r}")
+    found: Labels = {}
     for number, row in enumerate(rows[1:], 2):
         if not any(row): continue
-        if len(row) != len(header): raise UserError(f"{place}, line {number}: {len(row)} cells where the first line has {len(header)}")
+        if len(row) != len(header):
+            raise UserError(f"{place}, line {number}: {len(row)} cells where the first line has {len(header)}")
         labels = dict(zip(header, (cell.strip() or None for cell in row), strict=True))
         name = str(PurePosixPath(labels.pop("file_name") or "").as_posix())
-        if found.setdefault(name, labels) != labels: raise UserError(f"{place}, line {number}: {name!r} has another label further up")
+        if found.setdefault(name, labels) != labels:
+            raise UserError(f"{place}, line {number}: {name!r} has another label further up")
     return found
 
 # %% ../../notebooks/library/data/01_items.ipynb #981cf344
-def _plan(files, target: str, given: Path | None) -> tuple[dict[str, dict[str, str | None]], list[Item]]:
-    "Which files are images with which labels, and the items for what is missing; `given` is a table that lies elsewhere."
+def _by_table(names: list[str], root: str, place: str, rows: Labels) -> tuple[Labels, list[Item]]:
+    "Labels of the images below `root` as the table at `place` has them, and the items for what it names in vain."
+    present, targets = set(names), dict.fromkeys(next(iter(rows.values()), {}))
+    missing = [Item(root + n, None, row, f"named in {place}, but not there")
+               for n, row in rows.items() if root + n not in present]
+    inside = [n for n in names if n.startswith(root)]
+    return {n: rows.get(n[len(root):], targets) for n in inside
+            if n[len(root):] in rows or Path(n).suffix.lower() in SUFFIXES}, missing
+
+def _by_folders(names: list[str], root: str, target: str) -> Labels:
+    "Labels of the images below `root` by their class folders."
+    labels: Labels = {}
+    for name in names:
+        if not name.startswith(root): continue
+        first, _, rest = name[len(root):].partition("/")
+        if rest: labels[name] = {target: first}
+        elif Path(name).suffix.lower() in SUFFIXES: labels[name] = {target: None}
+    return labels
+
+def _empty_folders(folders: list[str], root: str, target: str, known: set[str | None]) -> list[Item]:
+    "Items for the class folders below `root` whose class is not among the `known` ones."
+    classes = [f[len(root):].rstrip("/") for f in folders if f.startswith(root) and not _ignored(f)]
+    return [Item(f"{root}{c}/", None, {target: c}, "empty class folder")
+            for c in classes if c and "/" not in c and c not in known]
+
+# %% ../../notebooks/library/data/01_items.ipynb #ab971a8d
+def _plan(files: _Container, target: str, given: Path | None) -> tuple[Labels, list[Item]]:
+    "Which files are images with which labels, and the items for what is missing; `given`: a table that lies elsewhere."
     names = [n for n in files.files if not _ignored(n)]
-    labels, missing, present, rows = {}, [], set(names), None
+    present = set(names)
     if given:
         try: rows = _table(str(given), given.read_bytes())
         except OSError as error: raise UserError(f"{given}: cannot be read ({error.strerror or error})") from None
-    above = "/".join(os.path.commonprefix([n.split("/")[:-1] for n in names])) + "/"     # the folder that holds them all
-    for root in [above if rows and any(above + n in present for n in rows) else ""] if given else _roots(names):
-        inside = [n for n in names if n.startswith(root)]
-        table = given or next((root + t for t in TABLES if root + t in present), None)
+        above = "/".join(os.path.commonprefix([n.split("/")[:-1] for n in names])) + "/"  # the folder that holds all
+        return _by_table(names, above if any(above + n in present for n in rows) else "", str(given), rows)
+    labels: Labels = {}
+    missing: list[Item] = []
+    for root in _roots(names):
+        table = next((root + t for t in TABLES if root + t in present), None)
         if table:
-            if not given: rows = _table(table, files.read(table))
-            targets = dict.fromkeys(next(iter(rows.values()), {}))
-            missing += [Item(root + n, None, row, f"named in {table}, but not there") for n, row in rows.items() if root + n not in present]
-            labels |= {n: rows.get(n[len(root):], targets) for n in inside
-                       if n[len(root):] in rows or Path(n).suffix.lower() in SUFFIXES}
+            found, lacking = _by_table(names, root, table, _table(table, files.read(table)))
+            labels |= found
+            missing += lacking
         else:
-            for n in inside:
-                first, _, rest = n[len(root):].partition("/")
-                if rest: labels[n] = {target: first}
-                elif Path(n).suffix.lower() in SUFFIXES: labels[n] = {target: None}
+            labels |= _by_folders(names, root, target)
             known = {row[target] for row in labels.values() if target in row}
-            folders = [f[len(root):].rstrip("/") for f in files.folders if f.startswith(root) and not _ignored(f)]
-            missing += [Item(f"{root}{f}/", None, {target: f}, "empty class folder") for f in folders if f and "/" not in f and f not in known]
+            missing += _empty_folders(files.folders, root, target, known)
     return labels, missing
 
 # %% ../../notebooks/library/data/01_items.ipynb #1c11ca42
-def _storable(name: str | None) -> str | None:
+def _storable(name: str) -> str:
     "A file name that is no valid UTF-8, made storable."
-    return name and name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
-def read_items(path: Path, target: str = "label", limits: Data | None = None, images: int | None = None,
-               table: Path | None = None) -> Iterator[Item]:
-    "The items of a folder or zip; `target` names the classes of class folders, `table` is a table of labels that lies elsewhere; raises `UserError`."
+def _some_names(names: list[str], most: int) -> list[str]:
+    "In order; which ones, says the hash of their names."
+    def digest(name: str) -> bytes: return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return sorted(sorted(names, key=digest)[:most])
+
+def read_items(
+    path: Path,                   # a folder or zip
+    target: str = "label",        # what class folders are classes of
+    limits: Data | None = None,   # [data] of the settings; None: its defaults
+    images: int | None = None,    # take only so many
+    table: Path | None = None,    # a table of labels that lies elsewhere
+) -> Iterator[Item]:              # first what is missing
+    "The items of a folder or zip; raises `UserError`."
     from tqdm.auto import tqdm
     path, limits = Path(path), limits or Data()
     if not path.exists(): raise UserError(f"{path}: no such folder or zip; check the recipe's source")
-    files = (_Folder if path.is_dir() else _Zip)(path, limits)
+    files: _Container = _Folder(path) if path.is_dir() else _Zip(path, limits.max_archive_gb)
     labels, missing = _plan(files, target, table)
     if not any(value for row in labels.values() for value in row.values()):
-        raise UserError(f"{path}: no labelled images; it needs class folders (cat/1.jpg), or a labels.csv with file_name and one column a target")
-    chosen = list(labels)
-    if images: chosen = sorted(sorted(chosen, key=lambda n: hashlib.sha256(n.encode("utf-8", "surrogateescape")).digest())[:images])
+        raise UserError(f"{path}: no labelled images; it needs class folders (cat/1.jpg), "
+                        "or a labels.csv with file_name and one column a target")
     yield from missing
+    chosen = _some_names(list(labels), images) if images else list(labels)
     for name in tqdm(chosen, desc=path.name, unit="image", mininterval=2, leave=False):
-        data = problem = None
+        data, problem, megabytes = None, None, files.files[name] / 1e6
         try:
-            if files.files[name] > limits.max_file_mb * 1e6: problem = f"{files.files[name] / 1e6:.1f} MB, allowed are {limits.max_file_mb:g}"
+            if megabytes > limits.max_file_mb: problem = f"{megabytes:.1f} MB, allowed are {limits.max_file_mb:g}"
             else: data = files.read(name)
-        except Exception as error: problem = f"cannot be read: {' '.join(str(error).split())}"  # each way of packing has an error of its own
-        yield Item(_storable(name), data, {t: _storable(c) for t, c in labels[name].items()}, problem)
+        except Exception as error:  # each way of packing has an error of its own
+            problem = f"cannot be read: {' '.join(str(error).split())}"
+        yield Item(_storable(name), data, {t: c and _storable(c) for t, c in labels[name].items()}, problem)

@@ -24,12 +24,15 @@ __all__ = ['THUMBNAIL_SIDE', 'CELLS', 'CUT', 'SAME', 'thumbnail', 'thumbnails', 
 THUMBNAIL_SIDE = 32  # of a thumbnail, pixels
 
 def thumbnail(data: bytes) -> np.ndarray:
-    "An image file's bytes as uint8 (THUMBNAIL_SIDE, THUMBNAIL_SIDE), grey, squeezed into the square; raises `BadImage`."
+    "An image file's bytes as uint8 (THUMBNAIL_SIDE, THUMBNAIL_SIDE), grey, squeezed to a square; raises `BadImage`."
     from PIL.Image import Resampling
-    return np.asarray(picture(data, 2 * THUMBNAIL_SIDE).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Resampling.BILINEAR, reducing_gap=2).convert("L"))
+    small = picture(data, 2 * THUMBNAIL_SIDE)
+    square = small.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Resampling.BILINEAR, reducing_gap=2)
+    return np.asarray(square.convert("L"))
 
 def thumbnails(ids: Sequence[str], images: Callable[[list[str]], Iterable[tuple[str, bytes]]]) -> np.ndarray:
-    "float32 (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) in the order of `ids`; `images(missing)` gives id and bytes of those that are not in the cache."
+    """float32 (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) in the order of `ids`; `images(missing)` gives id and bytes of those
+    that are not in the cache."""
     store = VectorCache(["thumbnail", THUMBNAIL_SIDE], "uint8")
     known = store.known()
     missing = [i for i in dict.fromkeys(ids) if i not in known]
@@ -53,7 +56,8 @@ def _averages() -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 def outlines(pixels: np.ndarray) -> np.ndarray:
-    "Thumbnails (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) -> float32 (n, 16, 162), of length 1 or, where there is nothing to be seen, 0; the first window is the whole picture."
+    """Thumbnails (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) -> float32 (n, 16, 162), of length 1 or, where there is nothing to
+    be seen, 0; the first window is the whole picture."""
     cells = _averages() @ pixels.astype(np.float32) @ _averages().T
     cells = cells.reshape(-1, 4, CELLS, 4, CELLS).swapaxes(2, 3).reshape(-1, 16, CELLS, CELLS)
     here = cells[..., :-1, :-1]
@@ -63,7 +67,8 @@ def outlines(pixels: np.ndarray) -> np.ndarray:
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #61fbca09
 def similarity(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    "How alike the thumbnail (THUMBNAIL_SIDE, THUMBNAIL_SIDE) and others (m, THUMBNAIL_SIDE, THUMBNAIL_SIDE) are: float32 (m,), -1..1."
+    """How alike the thumbnail (THUMBNAIL_SIDE, THUMBNAIL_SIDE) and others (m, THUMBNAIL_SIDE, THUMBNAIL_SIDE) are:
+    float32 (m,), -1..1."""
     ours, theirs = outlines(np.stack([new, new[:, ::-1]])), outlines(old)
     inside = (theirs @ ours[:, 0].T).max((1, 2))
     around = (ours.reshape(-1, ours.shape[2]) @ theirs[:, 0].T).max(0)
@@ -76,8 +81,12 @@ def means(pixels: np.ndarray) -> np.ndarray:
     rows = np.concatenate(parts or [np.zeros((0, 2 * (CELLS - 1) ** 2), np.float32)])
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
-def resembling(new: np.ndarray, old: np.ndarray, most: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    "For each of the `new` thumbnails: the positions of the `most` old ones that resemble it most, and how alike they are."
+def resembling(
+    new: np.ndarray,  # thumbnails (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    old: np.ndarray,  # others (m, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    most: int = 32,   # old ones compared with care
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    "For each new one: positions of the `most` old ones that resemble it most, and float32 (most,) how alike they are."
     known, size = means(old).T, max(1, 20_000_000 // max(1, len(old)))
     for start in range(0, len(new), size):
         part = new[start:start + size]
@@ -88,21 +97,30 @@ def resembling(new: np.ndarray, old: np.ndarray, most: int = 32) -> Iterator[tup
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #740e2429
 def most_similar(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "For each of the `new` thumbnails the similarity to the most similar `old` one, and that one's position; -1 and -1 where there is none."
-    found = [(scores.max(), positions[scores.argmax()]) if len(scores) else (-1.0, -1) for positions, scores in resembling(new, old)]
+    """For each of the `new` thumbnails the similarity to the most similar `old` one, and that one's position;
+    -1 and -1 where there is none."""
+    found = [(scores.max(), positions[scores.argmax()]) if len(scores) else (-1.0, -1)
+             for positions, scores in resembling(new, old)]
     return np.array([score for score, _ in found], np.float32), np.array([position for _, position in found], int)
 
 def alike(pixels: np.ndarray, limit: float) -> np.ndarray:
     "A group's number for each thumbnail: those with a similarity of at least `limit` are in one group."
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
-    pairs = [(n, other) for n, (positions, scores) in enumerate(resembling(pixels, pixels)) for other in positions[scores >= limit]]
+    pairs = [(n, other) for n, (positions, scores) in enumerate(resembling(pixels, pixels))
+             for other in positions[scores >= limit]]
     rows, columns = np.array(pairs, int).reshape(-1, 2).T
-    return connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(pixels),) * 2), directed=False)[1]
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(pixels),) * 2)
+    return connected_components(graph, directed=False)[1]
 
 # %% ../../notebooks/library/data/08_near_copies.ipynb #4bf36e62
-def limit_for(held_out: np.ndarray, training: np.ndarray, least: float, sample: int = 200) -> float:
-    "The similarity from which on two thumbnails are the same picture: `least`, or more where different ones are as alike as that."
+def limit_for(
+    held_out: np.ndarray,  # thumbnails (n, THUMBNAIL_SIDE, THUMBNAIL_SIDE) of images that do not train
+    training: np.ndarray,  # the same of those that do, (m, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    least: float,          # the lowest answer, 0..1
+    sample: int = 200,     # training images that are looked at
+) -> float:                # 0..1
+    "From which similarity on two thumbnails are the same picture: `least`, or more where different ones are so alike."
     few = training[np.random.default_rng(0).permutation(len(training))[:sample]]
     if not len(few) or not len(held_out): return least
     return max(least, min(0.95, float(np.quantile(most_similar(few, held_out)[0], 0.95))))

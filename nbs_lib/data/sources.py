@@ -27,7 +27,7 @@ from .items import Item, read_items
 __all__ = ['ATTEMPTS', 'public', 'download', 'open_source', 'source_signature']
 
 # %% ../../notebooks/library/data/05_sources.ipynb #b262cf32
-ATTEMPTS = 4
+ATTEMPTS = 4  # to fetch a file
 
 def public(spec: str) -> str:
     "The source without a user name and password in its address: what may be shown and stored."
@@ -44,18 +44,33 @@ def _validator(facts: dict) -> str | None:
     etag = facts.get("etag")
     return etag if etag and not etag.startswith("W/") else facts.get("last-modified")
 
-# %% ../../notebooks/library/data/05_sources.ipynb #9e1d10bd
-def _fetch(client, url: str, path: Path, limit: float) -> None:
-    "One attempt: `path` is whole and new afterwards, or its `.part` is longer; raises httpx errors and `UserError`."
-    from tqdm.auto import tqdm
-    part, notes = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
-    begun = path.with_name(path.name + ".part.json")
+# %% ../../notebooks/library/data/05_sources.ipynb #1b966f8d
+def _conditions(path: Path, part: Path) -> tuple[dict[str, str], int]:
+    "The headers that ask for the rest of `part`, or for `path` if it has changed; and how many bytes are there."
+    begun, notes = part.with_name(part.name + ".json"), path.with_name(path.name + ".json")
     headers, start = {"Accept-Encoding": "identity"}, part.stat().st_size if part.exists() else 0
     if start and begun.exists() and (validator := _validator(json.loads(begun.read_text()))):
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
     elif path.exists() and notes.exists():
-        old = json.loads(notes.read_text())
-        headers |= {name: old[k] for k, name in (("etag", "If-None-Match"), ("last-modified", "If-Modified-Since")) if k in old}
+        old, names = json.loads(notes.read_text()), {"etag": "If-None-Match", "last-modified": "If-Modified-Since"}
+        headers |= {name: old[k] for k, name in names.items() if k in old}
+    return headers, start
+
+# %% ../../notebooks/library/data/05_sources.ipynb #9e1d10bd
+def _too_large(url: str, size: str) -> UserError:
+    return UserError(f"{public(url)}: {size}; see max_archive_gb under [data]")
+
+def _fetch(
+    client,        # of httpx
+    url: str,      # of the file
+    path: Path,    # where it goes
+    limit: float,  # bytes
+) -> None:
+    "One attempt: `path` is whole and new afterwards, or its `.part` is longer; raises httpx errors and `UserError`."
+    from tqdm.auto import tqdm
+    part = path.with_name(path.name + ".part")
+    begun = part.with_name(part.name + ".json")
+    headers, start = _conditions(path, part)
     with client.stream("GET", url, headers=headers) as reply:
         if reply.status_code == 304: return
         if reply.status_code == 416:  # the file is shorter than what we have: begin anew
@@ -67,21 +82,27 @@ def _fetch(client, url: str, path: Path, limit: float) -> None:
             start = 0
             write_atomic(begun, json.dumps(_facts(reply.headers)))
         total = start + int(reply.headers["content-length"]) if "content-length" in reply.headers else None
-        if (total or 0) > limit: raise UserError(f"{public(url)}: {total / 1e9:.1f} GB, allowed are {limit / 1e9:g}; see max_archive_gb under [data]")
-        bar = tqdm(desc=path.name.partition("-")[2], initial=start, total=total, unit="B", unit_scale=True, mininterval=2, leave=False)
+        if total and total > limit: raise _too_large(url, f"{total / 1e9:.1f} GB, allowed are {limit / 1e9:g}")
+        bar = tqdm(desc=path.name.partition("-")[2], initial=start, total=total, unit="B", unit_scale=True,
+                   mininterval=2, leave=False)
         with open(part, "ab" if resumed else "wb") as file, bar:
             for chunk in reply.iter_raw():
                 file.write(chunk)
                 bar.update(len(chunk))
-                if file.tell() > limit: raise UserError(f"{public(url)}: more than {limit / 1e9:g} GB; see max_archive_gb under [data]")
+                if file.tell() > limit: raise _too_large(url, f"more than {limit / 1e9:g} GB")
             file.flush()
             os.fsync(file.fileno())
     part.replace(path)
-    begun.replace(notes)
+    begun.replace(path.with_name(path.name + ".json"))
 
 # %% ../../notebooks/library/data/05_sources.ipynb #1912a3fc
-def download(url: str, folder: Path, sha256: str = "", max_gb: float = 20) -> Path:
-    "The file at `url` in `folder`, fetched if it is not there or has changed; raises `UserError`."
+def download(
+    url: str,             # http or https
+    folder: Path,         # is made where it is not there
+    sha256: str = "",     # what the file's SHA-256 must be; then a file that has it is not asked for again
+    max_gb: float = 20,   # a larger file is refused
+) -> Path:                # the file in `folder`
+    "Fetch the file at `url` if it is not there or has changed; raises `UserError`."
     import httpx
     name = re.sub(r"[^A-Za-z0-9._-]", "_", httpx.URL(url).path.rpartition("/")[2]) or "download"
     path = Path(folder) / f"{hashlib.sha256(public(url).encode()).hexdigest()[:10]}-{name[-80:]}"
@@ -93,14 +114,16 @@ def download(url: str, folder: Path, sha256: str = "", max_gb: float = 20) -> Pa
                 _fetch(client, url, path, max_gb * 1e9)
                 break
             except (httpx.TransportError, httpx.HTTPStatusError) as error:
-                wrong = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
-                why = f"HTTP {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else public(str(error)) or type(error).__name__
-                if wrong or attempt == ATTEMPTS - 1:
-                    raise UserError(f"{public(url)}: {why}; check the address, or run again, which goes on where this stopped") from None
+                status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+                why = f"HTTP {status}" if status else public(str(error)) or type(error).__name__
+                if status and status < 500 or attempt == ATTEMPTS - 1:
+                    raise UserError(f"{public(url)}: {why}; check the address, or run again, "
+                                    "which goes on where this stopped") from None
                 time.sleep(0.5 * 2**attempt)
     if sha256 and (found := _digest(path)) != sha256.lower():
         path.unlink()
-        raise UserError(f"{public(url)}: its SHA-256 is {found}, the recipe says {sha256.lower()}; the file was deleted, check both")
+        raise UserError(f"{public(url)}: its SHA-256 is {found}, the recipe says {sha256.lower()}; "
+                        "the file was deleted, check both")
     return path
 
 # %% ../../notebooks/library/data/05_sources.ipynb #b5ae5882
@@ -120,8 +143,11 @@ def _open_hf(id: str, split: str, settings: Settings):
     import datasets
     local = settings.home / Path(id).expanduser()
     try:
-        if (local / "dataset_dict.json").exists() or (local / "state.json").exists(): found = datasets.load_from_disk(str(local))
-        else: found = datasets.load_dataset(str(local) if local.exists() else id, cache_dir=str(settings.home / "data" / "raw" / "hf"))
+        if any((local / name).exists() for name in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(str(local))
+        else:
+            cache = settings.home / "data" / "raw" / "hf"
+            found = datasets.load_dataset(str(local) if local.exists() else id, cache_dir=str(cache))
     except Exception as error:  # from a dozen libraries
         raise UserError(f"hf:{id}: cannot be loaded ({' '.join(str(error).split())[:200]}); "
                         "check the name and the network, or give a folder or zip as source") from None
@@ -129,44 +155,60 @@ def _open_hf(id: str, split: str, settings: Settings):
     if split and split not in parts: raise UserError(f"hf:{id}: no split {split!r}; there are: {', '.join(parts)}")
     return {split: parts[split]} if split else parts
 
+def _columns(spec: str, features) -> tuple[str, dict[str, list[str] | None]]:
+    "The column of images, and target -> names of its classes, None where the column has the names itself."
+    import datasets
+    image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
+    named = {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    texts = [n for n, f in features.items()
+             if isinstance(f, datasets.Value) and f.dtype in ("string", "large_string") and n not in OWN]
+    if not image or not (named or texts):
+        raise UserError(f"{spec}: it needs an image column and one of classes or text; it has {', '.join(features)}")
+    return image, named or dict.fromkeys(texts)
+
+# %% ../../notebooks/library/data/05_sources.ipynb #86e898cc
+def _class_of(value, names: list[str] | None) -> str | None:
+    "A cell as a class; `names` are those of a column of numbers."
+    if names is None or value is None: return value or None
+    return names[value] if value >= 0 else None
+
 def _read_hf(spec: str, recipe: Recipe, settings: Settings) -> Iterator[Item]:
     import datasets
     from tqdm.auto import tqdm
     id, _, split = spec.removeprefix("hf:").partition("@")
     parts = _open_hf(id, split, settings)
-    features = next(iter(parts.values())).features
-    image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
-    named = {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
-    texts = [n for n, f in features.items() if isinstance(f, datasets.Value) and f.dtype in ("string", "large_string")]
-    targets = named or {n: None for n in texts if n not in OWN}
-    if not image or not targets: raise UserError(f"{spec}: it needs an image column and one of classes or text; it has {', '.join(features)}")
+    image, targets = _columns(spec, next(iter(parts.values())).features)
     places = [(part, n) for part in parts for n in range(len(parts[part]))]
     parts = {p: t.cast_column(image, datasets.Image(decode=False)) for p, t in parts.items()}
     for k in tqdm(_some(len(places), recipe.images), desc=spec, unit="image", mininterval=2, leave=False):
         part, n = places[k]
         row = parts[part][n]
-        labels = {t: (names[row[t]] if row[t] >= 0 else None) if names and row[t] is not None else row[t] or None for t, names in targets.items()}
         file = row[image] or {}
         data, problem = file.get("bytes"), None
         if data is None:
             try: data = Path(file["path"]).read_bytes()
             except (KeyError, TypeError, OSError) as error: problem = f"no image ({error})"
+        labels = {t: _class_of(row[t], names) for t, names in targets.items()}
         yield Item(f"{part}/{n} {Path(file.get('path') or '').name}".rstrip(), data, labels, problem)
 
 # %% ../../notebooks/library/data/05_sources.ipynb #e5807403
-def _open_torchvision(name: str, settings: Settings) -> Iterator:
-    "The parts of a dataset: train and test."
+def _torchvision_class(name: str):
     import inspect
-
     load_vision()
     import torchvision
     kind = getattr(torchvision.datasets, name, None)
     if name.startswith("_") or not inspect.isclass(kind) or not issubclass(kind, torchvision.datasets.VisionDataset):
-        raise UserError(f"torchvision:{name}: torchvision has no such dataset; for example OxfordIIITPet, CIFAR10 or Flowers102")
-    known = inspect.signature(kind).parameters
-    options = {"root": str(settings.home / "data" / "raw" / "torchvision")} | ({"download": True} if "download" in known else {})
-    os.makedirs(options["root"], exist_ok=True)
-    parts = [{}]
+        raise UserError(f"torchvision:{name}: torchvision has no such dataset; "
+                        "for example OxfordIIITPet, CIFAR10 or Flowers102")
+    return kind, inspect.signature(kind).parameters
+
+def _open_torchvision(name: str, settings: Settings) -> Iterator:
+    "The parts of a dataset: train and test."
+    kind, known = _torchvision_class(name)
+    root = settings.home / "data" / "raw" / "torchvision"
+    root.mkdir(parents=True, exist_ok=True)
+    options: dict = {"root": str(root)} | ({"download": True} if "download" in known else {})
+    parts: list[dict] = [{}]
     if "train" in known: parts = [{"train": True}, {"train": False}]
     if "split" in known: parts = [{"split": s} for s in ("train", "trainval", "val", "test")]
     if name == "OxfordIIITPet": parts = [{"split": s, "target_types": "binary-category"} for s in ("trainval", "test")]
@@ -177,11 +219,13 @@ def _open_torchvision(name: str, settings: Settings) -> Iterator:
             raise UserError(f"torchvision:{name}: cannot be downloaded ({' '.join(str(error).split())[:150]}); "
                             "check the network, or give your own images: SOURCE=folder or zip") from None
 
+# %% ../../notebooks/library/data/05_sources.ipynb #68ba419c
 def _read_torchvision(spec: str, recipe: Recipe, settings: Settings) -> Iterator[Item]:
     from tqdm.auto import tqdm
     name = spec.removeprefix("torchvision:")
     parts = list(_open_torchvision(name, settings))
-    if not parts or not hasattr(parts[0], "classes"): raise UserError(f"{spec}: this dataset has no classes; choose one for classification")
+    if not parts or not hasattr(parts[0], "classes"):
+        raise UserError(f"{spec}: this dataset has no classes; choose one for classification")
     places = [(part, n) for part in parts for n in range(len(part))]
     for k in tqdm(_some(len(places), recipe.images), desc=name, unit="image", mininterval=2, leave=False):
         part, n = places[k]
@@ -195,34 +239,48 @@ def _read_torchvision(spec: str, recipe: Recipe, settings: Settings) -> Iterator
         yield Item(f"{n}.png", file.getvalue(), {recipe.target: part.classes[label]})
 
 # %% ../../notebooks/library/data/05_sources.ipynb #06724b2e
-def open_source(spec: str, recipe: Recipe, settings: Settings) -> Iterator[Item]:
-    "The items of `spec`, as many as the recipe wants; raises `UserError`, at the latest when the first one is asked for."
+def open_source(
+    spec: str,            # faces, a folder or zip, an http(s) address, hf:ID[@SPLIT] or torchvision:CLASS
+    recipe: Recipe,       # how many images it wants, and more that a source may ask for
+    settings: Settings,   # limits of what is let in, and the home
+) -> Iterator[Item]:      # one after the other
+    "The items of a source; raises `UserError`, at the latest when the first one is asked for."
     if spec == "faces":
         from nbs_lib.data.faces import draw_faces
         return draw_faces(recipe.images or 1200, recipe.seed)
     if spec.startswith("hf:"): return _read_hf(spec, recipe, settings)
     if spec.startswith("torchvision:"): return _read_torchvision(spec, recipe, settings)
-    path = _download_zip(spec, recipe, settings) if spec.startswith(("http://", "https://")) else settings.home / Path(spec).expanduser()
+    path = settings.home / Path(spec).expanduser()
+    if spec.startswith(("http://", "https://")): path = _download_zip(spec, recipe, settings)
     return read_items(path, recipe.target, settings.data, recipe.images)
 
 # %% ../../notebooks/library/data/05_sources.ipynb #6affcd44
-def source_signature(spec: str, recipe: Recipe, settings: Settings) -> str | None:
-    "A short text that changes when the source changes, found without reading it; None where only reading can tell."
-    chosen = f"{public(spec)}|{recipe.images}|{recipe.target}"
-    if spec == "faces": facts = f"{recipe.images or 1200}|{recipe.seed}"
-    elif spec.startswith("torchvision:"): facts = ""  # published once and for all
-    elif spec.startswith(("http://", "https://")):
-        if recipe.sha256: facts = recipe.sha256.lower()
-        else:
-            import httpx
-            try: found = _facts(httpx.head(spec, follow_redirects=True, timeout=10).raise_for_status().headers)
-            except httpx.HTTPError: return None
-            if not _validator(found): return None
-            facts = json.dumps(found)
+def _state_on_server(url: str, recipe: Recipe) -> str | None:
+    if recipe.sha256: return recipe.sha256.lower()
+    import httpx
+    try: found = _facts(httpx.head(url, follow_redirects=True, timeout=10).raise_for_status().headers)
+    except httpx.HTTPError: return None
+    return json.dumps(found) if _validator(found) else None
+
+def _state_on_disk(path: Path) -> str | None:
+    if not path.exists(): return None
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(p, p.stat()) for p in files]
+    return "\n".join(f"{p.relative_to(path)}|{s.st_size}|{s.st_mtime_ns}" for p, s in stats)
+
+def source_signature(
+    spec: str,           # as for `open_source`, like the rest
+    recipe: Recipe,
+    settings: Settings,
+) -> str | None:         # None where only reading can tell
+    "A short text that changes when the source changes, found without reading it."
+    state: str | None
+    if spec == "faces": state = f"{recipe.images or 1200}|{recipe.seed}"
+    elif spec.startswith("torchvision:"): state = ""  # published once and for all
+    elif spec.startswith(("http://", "https://")): state = _state_on_server(spec, recipe)
     else:
-        path = settings.home / Path(spec.removeprefix("hf:").partition("@")[0] if spec.startswith("hf:") else spec).expanduser()
-        if not path.exists(): return None
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        stats = [(p, p.stat()) for p in files]
-        facts = "\n".join(f"{p.relative_to(path)}|{s.st_size}|{s.st_mtime_ns}" for p, s in stats)
-    return hashlib.sha256(f"{chosen}\n{facts}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        name = spec.removeprefix("hf:").partition("@")[0] if spec.startswith("hf:") else spec
+        state = _state_on_disk(settings.home / Path(name).expanduser())
+    if state is None: return None
+    text = f"{public(spec)}|{recipe.images}|{recipe.target}\n{state}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]

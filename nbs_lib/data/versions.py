@@ -24,30 +24,36 @@ __all__ = ['choose_source', 'newest', 'add_version']
 def choose_source(parameter: str | None, recipe: Recipe, parent: Dataset | None) -> str:
     "The parameter, else what the dataset was last read from, else what the recipe says, where it says something new."
     if parameter: return parameter
-    if parent and parent.card["recipe_source"] == public(recipe.source) != parent.card["source"]: return parent.card["source"]
-    return recipe.source
+    if parent is None or parent.card["recipe_source"] != public(recipe.source): return recipe.source
+    return recipe.source if public(recipe.source) == parent.card["source"] else parent.card["source"]
 
 # %% ../../notebooks/library/data/06_versions.ipynb #bc7eb654
 def newest(tracker: Tracker, name: str) -> Dataset | None:
     "The newest version of the recipe `name`'s dataset, None where there is none yet."
     version = tracker.resolve(dataset_of(name))
-    return version and Dataset(tracker.download(version.ref), version.ref)
+    return None if version is None else Dataset(tracker.download(version.ref), version.ref)
 
 # %% ../../notebooks/library/data/06_versions.ipynb #a2ad979f
-def add_version(name: str, settings: Settings, tracker: Tracker, run: TrackedRun,
-                write: Callable[[Path, Dataset | None], Dataset | None]) -> tuple[Dataset | None, bool]:
-    "Log what `write(folder, newest version)` makes, if it is another one, as the next version of `NAME-dataset`; returns the newest, and whether it is new."
+def add_version(
+    name: str,              # of the recipe
+    settings: Settings,     # whose home the dataset is in
+    tracker: Tracker,       # keeps the versions
+    run: TrackedRun,        # that logs the new one
+    write: Callable[[Path, Dataset | None], Dataset],  # given a folder and the newest version: the next, or the newest
+) -> tuple[Dataset, bool]:  # the newest version, and whether it is new
+    "Log what `write` makes, if it is another one, as the next version of `NAME-dataset`."
     data = settings.home / "data"
     data.mkdir(exist_ok=True)
     with FileLock(data / f".{dataset_of(name)}.lock"):
         place = data / f".{dataset_of(name)}.next"
-        shutil.rmtree(place, ignore_errors=True)               # of a killed run
+        shutil.rmtree(place, ignore_errors=True)  # of a killed run
         try:
             parent = newest(tracker, name)
-            if parent: run.use(parent.ref)
+            if parent and parent.ref: run.use(parent.ref)
             version = write(place / "version", parent)
-            if version is parent: return parent, False
-            facts = {k: version.card[k] for k in ("rows", "splits", "source", "parent")} | {"classes": {t: len(c) for t, c in version.targets.items()}}
+            if version is parent: return version, False
+            facts = {k: version.card[k] for k in ("rows", "splits", "source", "parent")}
+            facts["classes"] = {t: len(c) for t, c in version.targets.items()}
             logged = run.log_artifact(dataset_of(name), "dataset", version.folder, metadata=facts)
         finally: shutil.rmtree(place, ignore_errors=True)
     return Dataset(tracker.download(logged.ref), logged.ref), True

@@ -5,37 +5,55 @@
 # %% ../../notebooks/library/data/07_views.ipynb #2a89a064
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .dataset import SPLITS, Dataset
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 # %% auto #0
 __all__ = ['numbers', 'left_out', 'plot_text', 'plot_balance', 'plot_samples', 'plot_pictures']
 
 # %% ../../notebooks/library/data/07_views.ipynb #b580e904
-def numbers(dataset: Dataset):
-    "What the version holds and what came in with it: a DataFrame of one column."
-    import pandas as pd
-    card, report = dataset.card, dataset.card["report"]
+def _numbers_held(dataset: Dataset) -> dict[str, str]:
+    card = dataset.card
+    return {"version": dataset.ref or dataset.folder.name, "made from": card["parent"] or "", "source": card["source"],
+            "written": card["created_at"], "images": f"{card['rows']:,}",
+            **{split: f"{card['splits'][split]:,}" for split in SPLITS},
+            **{f"classes of {target}": f"{len(classes)}" for target, classes in card["targets"].items()}}
+
+def _numbers_joined(report: dict) -> dict[str, str]:
     def span(values): return " / ".join(map(str, values))
-    return pd.DataFrame({"": {
-        "version": dataset.ref or dataset.folder.name, "made from": card["parent"] or "", "source": card["source"], "written": card["created_at"],
-        "images": f"{card['rows']:,}", **{s: f"{card['splits'][s]:,}" for s in SPLITS},
-        **{f"classes of {t}": f"{len(c)}" for t, c in card["targets"].items()},
-        "files read": f"{report['files']:,}", "new images": f"{report['new']:,}", "new labels for known images": f"{report['relabelled']:,}",
-        "width: smallest / median / largest": span(report["width"]), "height: smallest / median / largest": span(report["height"]),
-        "formats": ", ".join(f"{n:,} {f}" for f, n in report["formats"].items()),
-        "unreadable files, left out": f"{report['unreadable']:,}", "copies of another image, folded": f"{report['duplicates']:,}",
-        "images with conflicting labels, left out": f"{report['conflicts']:,}", "empty class folders": ", ".join(report["empty_folders"])}})
+    return {"files read": f"{report['files']:,}", "new images": f"{report['new']:,}",
+            "new labels for known images": f"{report['relabelled']:,}",
+            "width: smallest / median / largest": span(report["width"]),
+            "height: smallest / median / largest": span(report["height"]),
+            "formats": ", ".join(f"{n:,} {name}" for name, n in report["formats"].items()),
+            "unreadable files, left out": f"{report['unreadable']:,}",
+            "copies of another image, folded": f"{report['duplicates']:,}",
+            "images with conflicting labels, left out": f"{report['conflicts']:,}",
+            "empty class folders": ", ".join(report["empty_folders"])}
+
+def numbers(dataset: Dataset) -> pd.DataFrame:
+    "What the version holds and what came in with it: a table of one column."
+    import pandas as pd
+    return pd.DataFrame({"": _numbers_held(dataset) | _numbers_joined(dataset.card["report"])})
 
 # %% ../../notebooks/library/data/07_views.ipynb #27736f86
-def left_out(dataset: Dataset):
-    "What came in and was not taken, and why: a DataFrame of file and reason; each kind lists its first 200."
+def left_out(dataset: Dataset) -> pd.DataFrame:
+    "What came in and was not taken, and why: file and reason; each kind lists its first 200."
     import pandas as pd
     report = dataset.card["report"]
-    def words(labels): return ", ".join(f"{t} {c}" for t, c in labels.items() if c is not None) or "no label"
+    def labels_of(labels): return ", ".join(f"{t} {c}" for t, c in labels.items() if c is not None) or "no label"
     rows = [(file, reason) for file, reason in report["unreadable_files"]]
-    rows += [(file, f"conflicting labels for one image: {words(labels)}") for copies in report["conflicting_files"] for file, labels in copies]
+    rows += [(file, f"conflicting labels for one image: {labels_of(labels)}")
+             for copies in report["conflicting_files"] for file, labels in copies]
     rows += [(file, f"the same image as {other}") for file, other in report["duplicate_files"]]
-    return pd.DataFrame(rows + [(folder, "empty class folder") for folder in report["empty_folders"]], columns=["file", "why"])
+    rows += [(folder, "empty class folder") for folder in report["empty_folders"]]
+    return pd.DataFrame(rows, columns=["file", "why"])
 
 # %% ../../notebooks/library/data/07_views.ipynb #0d6f52d8
 def plot_text(text: str) -> str:
@@ -43,8 +61,8 @@ def plot_text(text: str) -> str:
     return text.replace("$", r"\$")
 
 # %% ../../notebooks/library/data/07_views.ipynb #32f348c7
-def plot_balance(dataset: Dataset, most: int = 24):
-    "Images of each class and split, a panel for each target; returns the figure."
+def plot_balance(dataset: Dataset, most: int = 24) -> Figure:
+    "Images of each class and split, a panel for each target."
     import matplotlib.pyplot as plt
     targets = dataset.card["counts"]
     size = min(4.5 * len(targets) + 2, 16), 1.2 + 0.24 * min(most, max(len(c) for c in targets.values()))
@@ -63,18 +81,25 @@ def plot_balance(dataset: Dataset, most: int = 24):
     return figure
 
 # %% ../../notebooks/library/data/07_views.ipynb #7413c0d9
-def plot_samples(dataset: Dataset, most: int = 10, each: int = 6):
-    "Up to `each` pictures of up to `most` classes of every target; returns the figure."
+def plot_samples(
+    dataset: Dataset,
+    most: int = 10,   # classes, of all targets together
+    each: int = 6,    # pictures of a class
+) -> Figure:
+    "Pictures of every target's classes."
     import matplotlib.pyplot as plt
     from PIL import ImageOps
 
     from nbs_lib.data.images import picture
     share = max(2, most // len(dataset.targets))
-    lines = [(t, c) for t, counts in dataset.card["counts"].items() for c in sorted(counts, key=lambda c: -sum(counts[c]))[:share]]
+    lines = [(target, label) for target, counts in dataset.card["counts"].items()
+             for label in sorted(counts, key=lambda c: -sum(counts[c]))[:share]]
     rows = dataset.rows.sort_values("added_at", ascending=False, kind="stable")
     ids = [list(rows.loc[rows[t] == c, "id"][:each]) for t, c in lines]
-    pictures = {id: ImageOps.contain(picture(data), (120, 120)) for id, data in dataset.images({i for line in ids for i in line})}
-    figure, panels = plt.subplots(len(lines), each, figsize=(1.3 * each + 1.5, 1.3 * len(lines)), layout="constrained", squeeze=False)
+    wanted = {i for line in ids for i in line}
+    pictures = {id: ImageOps.contain(picture(data), (120, 120)) for id, data in dataset.images(wanted)}
+    size = 1.3 * each + 1.5, 1.3 * len(lines)
+    figure, panels = plt.subplots(len(lines), each, figsize=size, layout="constrained", squeeze=False)
     for line, (target, label), row in zip(ids, lines, panels, strict=True):
         row[0].set_title(plot_text(f"{target}: {label}"), fontsize=9, loc="left")
         for axes in row: axes.axis("off")
@@ -82,16 +107,20 @@ def plot_samples(dataset: Dataset, most: int = 10, each: int = 6):
     return figure
 
 # %% ../../notebooks/library/data/07_views.ipynb #3559f63f
-def plot_pictures(titled: list[tuple[str, bytes]], columns: int = 6):
-    "Image files' bytes as pictures, with a title each; returns the figure."
+def plot_pictures(
+    titled: list[tuple[str, bytes | Image]],  # a title, and an image file's bytes or a picture
+    columns: int = 6,                         # pictures side by side
+) -> Figure:
+    "Any pictures, as large as they are or fitted into 160 x 160 pixels where they come as bytes."
     import matplotlib.pyplot as plt
     from PIL import ImageOps
 
     from nbs_lib.data.images import picture
     lines = max(1, -(-len(titled) // columns))
-    figure, panels = plt.subplots(lines, columns, figsize=(2 * columns, 2.3 * lines), layout="constrained", squeeze=False)
+    size = 2 * columns, 2.3 * lines
+    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in panels.flat: axes.axis("off")
-    for axes, (title, data) in zip(panels.flat, titled, strict=False):
-        axes.imshow(ImageOps.contain(picture(data), (160, 160)))
+    for axes, (title, image) in zip(panels.flat, titled, strict=False):
+        axes.imshow(ImageOps.contain(picture(image), (160, 160)) if isinstance(image, bytes) else image)
         axes.set_title(plot_text(title), fontsize=8)
     return figure

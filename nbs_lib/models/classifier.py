@@ -40,7 +40,7 @@ class Body(torch.nn.Module):
 
     def forward(self, images): return self.backbone((images.float() - self.mean) / self.std)
 
-# %% ../../notebooks/library/models/03_classifier.ipynb #fb102438
+# %% ../../notebooks/library/models/03_classifier.ipynb #6577118d
 class Network(torch.nn.Module):
     "uint8 or float RGB (n, 3, s, s) in 0..255 -> the logits of all targets side by side (n, sum of classes)."
     def __init__(
@@ -65,7 +65,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return special.softmax(logits.astype(np.float64) / temperature, axis=1)
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    "The temperature in 0.05..20 with the least smoothed log-loss for `labels` (class numbers); 1.0 where there are none."
+    "The temperature in 0.05..20 with the least smoothed log-loss for `labels` (class numbers); 1.0 where none are."
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
     n, classes = logits.shape
@@ -92,7 +92,7 @@ def save_model(
     write_atomic(folder / "model.json", json.dumps(card, indent=1, ensure_ascii=False))
     return folder
 
-# %% ../../notebooks/library/models/03_classifier.ipynb #cd7337c3
+# %% ../../notebooks/library/models/03_classifier.ipynb #8d7dd119
 def read_card(folder: Path) -> dict:
     "The card of the model in `folder`; raises `UserError`."
     file = Path(folder) / "model.json"
@@ -118,7 +118,7 @@ def load_network(folder: Path) -> tuple[Network, Preprocessing, dict]:
                         f"({str(error).splitlines()[0]}); fetch the version again") from None
     return network.eval(), how, card
 
-# %% ../../notebooks/library/models/03_classifier.ipynb #f29d7f0d
+# %% ../../notebooks/library/models/03_classifier.ipynb #04c3f648
 Prediction = dict[str, dict[str, float]]  # target -> class -> probability, most likely class first
 
 def ranked(tables: Mapping[str, np.ndarray], targets: Mapping[str, Sequence[str]]) -> list[Prediction]:
@@ -191,7 +191,7 @@ def logits_of(
     ids: Sequence[str],     # of the images wanted
     batch_size: int = 32,   # images run at once
 ) -> tuple[dict[str, np.ndarray], int]:
-    "Uncalibrated logits, float32 (n, classes), for each target in the order of `ids`; how many images were computed now."
+    "Uncalibrated logits, float32 (n, classes), for each target in the order of `ids`; how many images were computed."
     features, computed = embed(model.network.body, model.how, model.plan, dataset, ids, batch_size)
     return model.logits(features.reshape(len(ids), len(model._weight))), computed
 

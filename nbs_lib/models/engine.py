@@ -39,7 +39,7 @@ class Plan:
 
 @cache
 def _openvino_core():
-    # one, as long as the process lives: one that is freed by another thread leaves the main thread a signal stack that is no more
+    # one, as long as the process lives: one that another thread frees leaves the main thread without a signal stack
     return load_openvino().Core()
 
 def _cpu_has_bf16(engine: str) -> bool:
@@ -48,31 +48,49 @@ def _cpu_has_bf16(engine: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # %% ../../notebooks/library/models/01_engine.ipynb #2e5d8cfb
-def choose(device: str = "auto", engine: str = "auto", precision: str = "auto") -> Plan:
+def _device() -> str:
+    import torch
+    if torch.cuda.is_available(): return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+def choose(
+    device: str = "auto",     # auto, cpu, mps, cuda or cuda:N
+    engine: str = "auto",     # auto, torch or openvino
+    precision: str = "auto",  # auto, fp32, bf16 or fp16
+) -> Plan:
     "The plan for this machine; what is not `auto` is kept, and refused with a `UserError` where it cannot run."
     import torch
-    if device == "auto": device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "auto": device = _device()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device = {device}: torch sees no CUDA device here; use auto or cpu")
     if engine == "auto": engine = "openvino" if device == "cpu" and importlib.util.find_spec("openvino") else "torch"
     if engine == "openvino" and (device != "cpu" or not importlib.util.find_spec("openvino")):
-        raise UserError(f"engine = openvino with device = {device}: OpenVINO must be installed, and runs on the CPU here; use engine = auto")
+        raise UserError(f"engine = openvino with device = {device}: OpenVINO must be installed, "
+                        "and runs on the CPU here; use engine = auto")
     if precision == "auto":
         if device.startswith("cuda"): precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         else: precision = "bf16" if device == "cpu" and _cpu_has_bf16(engine) else "fp32"
-    if precision == "fp16" and device == "cpu": raise UserError("precision = fp16: no CPU runs it well; use auto, bf16 or fp32")
+    if precision == "fp16" and device == "cpu":
+        raise UserError("precision = fp16: no CPU runs it well; use auto, bf16 or fp32")
     return Plan(device, engine, precision)
 
 # %% ../../notebooks/library/models/01_engine.ipynb #8aab3c45
 class Engine:
-    "Runs `network` (uint8 (n, 3, s, s) -> float32 (n, d)) as `plan` says; best called with `batch_size` images, 1 for quick single answers."
-    def __init__(self, network: torch.nn.Module, size: int, plan: Plan, batch_size: int):
+    "Runs a network as a plan says."
+    def __init__(
+        self,
+        network: torch.nn.Module,  # uint8 (n, 3, size, size) -> float32 (n, d)
+        size: int,                 # side of its input, pixels
+        plan: Plan,                # where and how
+        batch_size: int,           # images in a call at best; 1 for quick single answers
+    ):
         self.batch_size, self.plan, self.size = batch_size, plan, size
         # OpenVINO: what lies between two layers of four images stays in a core's cache; 64 at once take a sixth longer
         self._step = min(batch_size, 4) if plan.engine == "openvino" else batch_size
         self._run = (_openvino if plan.engine == "openvino" else _torch)(network.eval(), size, plan, self._step)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        "Of uint8 (n, 3, size, size): float32 (n, d)."
         import numpy as np
         n = len(images)
         if short := -n % self._step: images = np.concatenate([images, np.zeros((short, *images.shape[1:]), np.uint8)])
@@ -99,30 +117,35 @@ def network_digest(network: torch.nn.Module) -> str:
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../../notebooks/library/models/01_engine.ipynb #bc676909
 def _converted(network, size) -> Path:
     "The network's OpenVINO file, converted where it is not in the cache yet."
     openvino = load_openvino()
     import torch
-    folder = home() / "data" / "cache" / "openvino" / f"{network_digest(network)}-{size}-{openvino.__version__.split('-')[0]}"
+    name = f"{network_digest(network)}-{size}-{openvino.__version__.split('-')[0]}"
+    folder = home() / "data" / "cache" / "openvino" / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the tracer that OpenVINO uses
             # traced and frozen here: a quarter of the time that OpenVINO takes when it is given the module
-            traced = torch.jit.freeze(torch.jit.trace(network, torch.zeros(2, 3, size, size, dtype=torch.uint8), check_trace=False))
+            example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+            traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))
             graph = openvino.convert_model(traced, input=[([-1, 3, size, size], openvino.Type.u8)])
         openvino.save_model(graph, temporary / "model.xml", compress_to_fp16=False)
         try: temporary.rename(folder)
         except OSError: shutil.rmtree(temporary)  # another process was faster
     return folder / "model.xml"
 
+# %% ../../notebooks/library/models/01_engine.ipynb #24a3793c
 def _openvino(network, size, plan, batch_size):
     core = _openvino_core()
     graph = core.read_model(_converted(network, size))
     graph.reshape([batch_size, 3, size, size])
     compiled = core.compile_model(graph, "CPU", {
-        "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp32": "f32"}[plan.precision], "PERFORMANCE_HINT": "LATENCY" if batch_size == 1 else "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp32": "f32"}[plan.precision],
+        "PERFORMANCE_HINT": "LATENCY" if batch_size == 1 else "THROUGHPUT",
         "ENABLE_CPU_PINNING": False})  # a thread that may not leave a busy core keeps its answer waiting
     local = threading.local()
     def run(images):

@@ -31,12 +31,13 @@ Image = TypeVar("Image")
 def run_batch(
     images: Iterable[Image],                # few enough to be in memory at once
     how: Preprocessing,                     # how the network wants its images
-    run: Callable[[np.ndarray], Iterable],  # makes n outputs of uint8 (n, 3, size, size); not called without a good image
+    run: Callable[[np.ndarray], Iterable],  # n outputs of uint8 (n, 3, size, size); not called without a good image
     read: Callable[[Image], bytes],         # the bytes of an image's file; may raise `BadImage`
 ) -> list[Any]:                             # an output for each image, in order; for a bad one its `BadImage`
     "What `run` makes of the images."
     import numpy as np
-    pixels, bad = [], []
+    pixels: list[np.ndarray] = []
+    bad: list[BadImage | None] = []
     for image in images:
         try: pixels.append(preprocess(read(image), how).numpy())
         except BadImage as error: bad.append(error)
@@ -44,13 +45,13 @@ def run_batch(
     outputs = iter(run(np.stack(pixels)) if pixels else ())
     return [error or next(outputs) for error in bad]
 
-# %% ../../notebooks/library/models/02_features.ipynb #b403baff
+# %% ../../notebooks/library/models/02_features.ipynb #46a4efba
 def run_images(
     images: Iterable[Image],                # any number
     how: Preprocessing,                     # as for `run_batch`, like the next
     run: Callable[[np.ndarray], Iterable],  # several threads call it
     batch_size: int,                        # images given to `run` at once
-    read: Callable[[Image], bytes] = bytes, # as for `run_batch`; by itself the images are bytes already
+    read: Callable[..., bytes] = bytes,     # as for `run_batch`; by itself the images are bytes already
 ) -> Iterator[tuple[list[Image], list]]:    # the images of a batch, and an output or a `BadImage` for each
     "What `run` makes of the images, batch by batch."
     def work(batch): return batch, run_batch(batch, how, run, read)

@@ -27,17 +27,18 @@ def image_files(paths: Iterable[Path]) -> Iterator[Path]:
     def refuse(error): raise UserError(f"{error.filename}: cannot be read ({error.strerror}); change its permissions")
     for path in paths:
         if not path.exists(): raise UserError(f"{path}: no such file or folder")
-        if not path.is_dir(): yield path; continue
+        if not path.is_dir():
+            yield path
+            continue
         for folder, folders, names in os.walk(path, onerror=refuse):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
-            yield from (Path(folder, n) for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES and not n.startswith("."))
+            yield from (Path(folder, n) for n in sorted(names)
+                        if Path(n).suffix.lower() in SUFFIXES and not n.startswith("."))
 
 # %% ../../notebooks/library/serving/01_batch.ipynb #4924fbd0
 @contextmanager
 def _rows_so_far(out: Path) -> Iterator[sqlite3.Connection]:
-    """The rows for `out` that are known; gone when the work is done.
-
-    Raises `UserError`, also for what goes wrong in its course."""
+    "The rows for `out` that are known; gone when the work is done. Raises `UserError`, also for what goes wrong in it."
     file = out.with_name(f".{out.name}.part")
     def sentence(error) -> str:
         if isinstance(error, OSError):
@@ -65,7 +66,8 @@ def _write_table(rows: Iterable[dict], targets: Iterable[str], out: Path) -> Non
     import pyarrow as pa
     from pyarrow.csv import CSVWriter
     from pyarrow.parquet import ParquetWriter
-    answers = [(f"{t}.{what}", kind) for t in targets for what, kind in (("class", pa.string()), ("probability", pa.float64()))]
+    kinds = {"class": pa.string(), "probability": pa.float64()}
+    answers = [(f"{target}.{what}", kind) for target in targets for what, kind in kinds.items()]
     schema = pa.schema([("path", pa.string()), ("model", pa.string()), *answers, ("error", pa.string())])
     temporary = out.with_name(f".{out.name}.tmp")
     with (ParquetWriter if out.suffix.lower() == ".parquet" else CSVWriter)(temporary, schema) as writer:
@@ -73,34 +75,43 @@ def _write_table(rows: Iterable[dict], targets: Iterable[str], out: Path) -> Non
     with open(temporary, "rb") as file: os.fsync(file.fileno())
     temporary.replace(out)
 
-# %% ../../notebooks/library/serving/01_batch.ipynb #bb556715
-def write_predictions(files: Sequence[Path], out: Path, recipe: str | None = None, model: str = "production", settings: Settings | None = None,
-                      on_rows: Callable[[int], None] = lambda n: None) -> dict:
-    """Write what `model` says of the images at `files` to `out`, a .parquet or .csv file; goes on where an earlier call was broken off.
+# %% ../../notebooks/library/serving/01_batch.ipynb #0bf83bf4
+def _flat(answer: dict) -> dict:
+    "A predictor's answer as a row, with the likeliest class of each target."
+    row = {"model": answer["model"], "error": answer.get("error")}
+    for target, classes in answer.get("targets", {}).items():
+        row[f"{target}.class"], row[f"{target}.probability"] = next(iter(classes.items()))
+    return row
 
-    `on_rows(n)` is told of every n rows that are known. Returns out, model, the numbers of images and of unreadable ones; raises `UserError`."""
+# %% ../../notebooks/library/serving/01_batch.ipynb #bb556715
+def write_predictions(
+    files: Sequence[Path],                            # of images
+    out: Path,                                        # a .parquet or .csv file
+    recipe: str | None = None,                        # of settings.ini; None: the one under [project]
+    model: str = "production",                        # version or alias of the recipe's model
+    settings: Settings | None = None,                 # None: as settings.ini says
+    on_rows: Callable[[int], None] = lambda n: None,  # told of every n rows that are known
+) -> dict:                                            # out, model, the numbers of images and of unreadable ones
+    "Write what `model` says to `out`; goes on where an earlier call was broken off. Raises `UserError`."
     from nbs_lib.serving.predictor import BATCH, Predictor
-    if out.suffix.lower() not in (".parquet", ".csv"): raise UserError(f"{out}: what is it to be? Name a file that ends in .parquet or .csv")
+    if out.suffix.lower() not in (".parquet", ".csv"):
+        raise UserError(f"{out}: what is it to be? Name a file that ends in .parquet or .csv")
     if out.is_dir(): raise UserError(f"{out}: is a folder; name a file")
     predictor = Predictor(recipe, model, settings, follow=False)
     with _rows_so_far(out) as db:
-        with transaction(db):
-            db.execute("DELETE FROM rows WHERE model != ? OR json_extract(row, '$.error') IS NOT NULL", [predictor.digest])
+        outdated = "DELETE FROM rows WHERE model != ? OR json_extract(row, '$.error') IS NOT NULL"
+        with transaction(db): db.execute(outdated, [predictor.digest])
         known = dict(db.execute("SELECT path, stamp FROM rows"))
         todo = [(f, stamp) for f in files if (stamp := _stamp(f)) != known.get(_path_text(f))]
         on_rows(len(files) - len(todo))
         for batch in batches(zip(todo, predictor.predict(f for f, _ in todo), strict=True), BATCH):
-            with transaction(db):
-                db.executemany("INSERT OR REPLACE INTO rows VALUES(?, ?, ?, ?)",
-                               [(_path_text(f), stamp, predictor.digest, json.dumps(_flat(row))) for (f, stamp), row in batch])
+            rows = [(_path_text(f), stamp, predictor.digest, json.dumps(_flat(row))) for (f, stamp), row in batch]
+            with transaction(db): db.executemany("INSERT OR REPLACE INTO rows VALUES(?, ?, ?, ?)", rows)
             on_rows(len(batch))
-        def found(file): return json.loads(db.execute("SELECT row FROM rows WHERE path = ?", [_path_text(file)]).fetchone()[0])
-        _write_table(({"path": _path_text(f), **found(f)} for f in files), predictor.targets, out)
-        [unreadable] = db.execute("SELECT count(*) FROM rows WHERE json_extract(row, '$.error') IS NOT NULL").fetchone()
+        def found(path: str) -> dict:
+            [row] = db.execute("SELECT row FROM rows WHERE path = ?", [path]).fetchone()
+            return {"path": path, **json.loads(row)}
+        _write_table((found(_path_text(f)) for f in files), predictor.targets, out)
+        errors = "SELECT count(*) FROM rows WHERE json_extract(row, '$.error') IS NOT NULL"
+        [unreadable] = db.execute(errors).fetchone()
     return {"out": str(out), "model": predictor.version, "images": len(files), "unreadable": unreadable}
-
-def _flat(answer: dict) -> dict:
-    "A predictor's answer as a row, with the likeliest class of each target."
-    row = {"model": answer["model"], "error": answer.get("error")}
-    for target, p in answer.get("targets", {}).items(): row[f"{target}.class"], row[f"{target}.probability"] = next(iter(p.items()))
-    return row

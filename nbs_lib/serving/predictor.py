@@ -42,7 +42,7 @@ def read_image(image: bytes | Path, limits: Data) -> bytes:
     open_image(image, limits.max_megapixels)
     return image
 
-# %% ../../notebooks/library/serving/00_predictor.ipynb #44a599f2
+# %% ../../notebooks/library/serving/00_predictor.ipynb #f05aaa01
 POLL = 2.0    # seconds between two looks at the alias
 RETRY = 60.0  # seconds before a version that failed is tried again
 BATCH = 32    # images
@@ -100,7 +100,7 @@ class Predictor:
                     for o in outputs]
         for rows in parallel(work, batches(images, BATCH), os.cpu_count() or 1): yield from rows
 
-# %% ../../notebooks/library/serving/00_predictor.ipynb #332c7ce6
+# %% ../../notebooks/library/serving/00_predictor.ipynb #461f4a00
 @patch
 def refresh(self: Predictor) -> None:
     "Take up the version that the alias names now; called every two seconds by a thread of its own."

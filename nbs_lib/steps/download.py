@@ -5,6 +5,8 @@
 # %% ../../notebooks/10_download.ipynb #fbc6c191
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..core.settings import Recipe, Settings, load_settings, use_recipe
 from ..data.dataset import Dataset
 from ..data.sources import open_source, public, source_signature
@@ -16,10 +18,18 @@ from ..tracking.tracker import TrackedRun, Tracker, open_tracker
 __all__ = ['update_dataset']
 
 # %% ../../notebooks/10_download.ipynb #a87bb480
-def update_dataset(name: str, recipe: Recipe, source: str | None, settings: Settings, tracker: Tracker, run: TrackedRun) -> tuple[Dataset, bool]:
-    "Read the source and log what is new in it as the next version of `NAME-dataset`; returns the newest version, and whether it is new."
-    def write(folder, parent):
+def update_dataset(
+    name: str,               # of the recipe
+    recipe: Recipe,          # says what its source is, and how many images are taken
+    source: str | None,      # the parameter; None: chosen by `choose_source`
+    settings: Settings,      # limits of what is let in, and the home
+    tracker: Tracker,        # keeps the versions
+    run: TrackedRun,         # that logs the new one
+) -> tuple[Dataset, bool]:   # the newest version, and whether it is new
+    "Read the source and log what is new in it as the next version of `NAME-dataset`; raises `UserError`."
+    def write(folder: Path, parent: Dataset | None) -> Dataset:
         spec = choose_source(source, recipe, parent)
-        return write_version(folder, open_source(spec, recipe, settings), name=name, source=public(spec), recipe_source=public(recipe.source),
+        items = open_source(spec, recipe, settings)
+        return write_version(folder, items, name=name, source=public(spec), recipe_source=public(recipe.source),
                              parent=parent, limits=settings.data, signature=source_signature(spec, recipe, settings))
     return add_version(name, settings, tracker, run, write)

@@ -17,6 +17,11 @@ SHARED = ROOT.parent / "shared"
 signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job ignores it, and so would all that the tests start
 
 
+def pytest_runtest_setup(item) -> None:
+    "The browser that browser tests share ends where a test of another kind begins."
+    if "browsers" in sys.modules and not item.get_closest_marker("browser"): sys.modules["browsers"].end()
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Iterator[Path]:
     "An empty home in a temporary folder; no key, no settings and no run of the outer environment reach the test."

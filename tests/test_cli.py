@@ -13,12 +13,14 @@ LOOPBOOK = [sys.executable, "-c", "from nbs_lib.cli.main import main; main()"]
 
 
 def loopbook(*words, **env):
-    return subprocess.run([*LOOPBOOK, *map(str, words)], capture_output=True, text=True, timeout=120, env=os.environ | env)
+    return subprocess.run([*LOOPBOOK, *map(str, words)], capture_output=True, text=True, timeout=120,
+                          env=os.environ | env)
 
 
 @pytest.fixture
 def notebook(tmp_path):
-    nb = new_notebook(cells=[new_code_cell("x: float = 1.0\nflag: bool = True", metadata={"tags": ["parameters"]}), new_code_cell("print(1 / x, flag)")])
+    nb = new_notebook(cells=[new_code_cell("x: float = 1.0\nflag: bool = True", metadata={"tags": ["parameters"]}),
+                             new_code_cell("print(1 / x, flag)")])
     nbformat.write(nb, tmp_path / "10_invert.ipynb")
     return tmp_path / "10_invert.ipynb"
 
@@ -26,7 +28,8 @@ def notebook(tmp_path):
 def test_run(home, notebook):
     done = loopbook("run", notebook, "-p", "x", "-4", "-p", "flag", "false", "--json")
     record = json.loads(done.stdout)
-    assert done.returncode == 0 and record["status"] == "completed" and record["parameters"] == {"x": -4.0, "flag": False}
+    assert done.returncode == 0 and record["status"] == "completed" and record["parameters"] == {"x": -4.0,
+                                                                                                 "flag": False}
     assert record["step"] == "invert" and record["seconds"] > 0
     assert Path(record["folder"], "log.txt").read_text() == "-0.25 False\n" and "completed" in done.stderr
     plain = loopbook("run", notebook)
@@ -36,15 +39,19 @@ def test_run(home, notebook):
 def test_a_step_waits_for_who_is_writing_and_another_notebook_does_not(home, notebook):
     step = notebook.rename(notebook.with_name("31_train.ipynb"))
     held = "import sys; from nbs_lib.runs.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as holder:
         holder.stdout.readline()
         assert loopbook("run", step.rename(notebook)).returncode == 0
-        with subprocess.Popen([*LOOPBOOK, "run", notebook.rename(step)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
-            assert "the loop of somebody" in (said := waiting.stderr.readline()) and said.endswith("is writing here; waiting\n")
+        with subprocess.Popen([*LOOPBOOK, "run", notebook.rename(step)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) as waiting:
+            assert "the loop of somebody" in (said := waiting.stderr.readline()) and said.endswith("is writing here; "
+                                                                                                   "waiting\n")
             assert waiting.poll() is None and len(json.loads(loopbook("runs", "--json").stdout)) == 1
             holder.stdin.close()
             waiting.communicate(timeout=60)
-    assert waiting.returncode == 0 and [r["step"] for r in json.loads(loopbook("runs", "--json").stdout)] == ["train", "invert"]
+    assert waiting.returncode == 0 and [r["step"] for r in json.loads(loopbook("runs", "--json").stdout)] == ["train",
+                                                                                                              "invert"]
 
 
 def test_failed_run(home, notebook):
@@ -58,9 +65,11 @@ def test_failed_run(home, notebook):
 
 @pytest.mark.parametrize("words, said", [
     (["run", "NOTEBOOK", "-p", "y", "1"], "parameter 'y'"), (["run", "NOTEBOOK", "-p", "x", "one"], "wants float"),
-    (["run", "nowhere"], "neither a file nor a step"), (["run", "NOTEBOOK", "--kernel", "none"], "'none' is not installed"),
+    (["run", "nowhere"], "neither a file nor a step"),
+    (["run", "NOTEBOOK", "--kernel", "none"], "'none' is not installed"),
     (["loop", "--recipe", "face"], "did you mean 'faces'"), (["predict", "nowhere.jpg"], "no such file"),
-    (["rollback"], "no previous"), (["promote", "v9"], "there is no model"), (["predict", "PICTURE"], "there is no model faces-model:production")])
+    (["rollback"], "no previous"), (["promote", "v9"], "there is no model"),
+    (["predict", "PICTURE"], "there is no model faces-model:production")])
 def test_mistakes(home, notebook, tmp_path, words, said):
     from PIL import Image
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
@@ -77,7 +86,8 @@ def test_wrong_settings(home, notebook):
 
 
 def test_usage(home, notebook):
-    for words in (["run"], ["run", notebook, "-p", "x"], ["jump"], ["predict", "a.png", "--top", "0"], ["models", "--jsn"]):
+    for words in (["run"], ["run", notebook, "-p", "x"], ["jump"], ["predict", "a.png", "--top", "0"],
+                  ["models", "--jsn"]):
         done = loopbook(*words)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert "--help`" in done.stderr, words
@@ -95,7 +105,8 @@ def test_a_home_that_cannot_be_written_is_told_in_one_line(home, notebook, tmp_p
 def test_json_has_no_value_that_only_python_reads(capsys):
     from nbs_lib.cli.terminal import print_json
     print_json({"loss": float("nan"), "more": [float("inf"), 0.5], "path": Path("a")})
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "more": [None, 0.5], "path": "a"}
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "more": [None, 0.5],
+                                                                               "path": "a"}
 
 
 def test_empty_lists(home):
@@ -106,7 +117,8 @@ def test_empty_lists(home):
 def test_help_is_light(home):
     code = "import sys; sys.argv = ['loopbook', '--help']\nfrom nbs_lib.cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split()
-    assert len(loaded) > 100 and not {"torch", "pandas", "numpy", "papermill", "wandb", "trackio", "matplotlib", "nbs_lib.tracking.tracker"} & set(loaded)
+    assert len(loaded) > 100 and not {"torch", "pandas", "numpy", "papermill", "wandb", "trackio", "matplotlib",
+                                      "nbs_lib.tracking.tracker"} & set(loaded)
     for command in ("run", "loop", "runs", "datasets", "models", "promote", "rollback", "predict", "dashboard"):
         done = loopbook(command, "--help", COLUMNS="200")
         assert done.returncode == 0 and f"loopbook {command}" in done.stdout and "Example" in done.stdout
@@ -141,7 +153,9 @@ def trained(tmp_path_factory):
 
 
 def test_models_promote_rollback(home, trained):
-    def production(): return {a: m["version"] for m in json.loads(loopbook("models", "--json", LOOPBOOK_HOME=trained).stdout) for a in m["aliases"]}
+    def production():
+        return {a: m["version"] for m in json.loads(loopbook("models", "--json", LOOPBOOK_HOME=trained).stdout)
+                for a in m["aliases"]}
     first = production()
     assert first["production"] != first["candidate"] == first["latest"]
     table = loopbook("models", LOOPBOOK_HOME=trained).stdout
@@ -175,10 +189,12 @@ def test_predict_as_json(home, trained, photos):
         "z.jpg", "a.jpg", "broken.jpg", "z.jpg", "deep/[red]0.png", "deep/[red]1.png", "deep/[red]2.png"]
     assert said[2].keys() == {"path", "model", "error"} and "broken.jpg" in done.stderr and done.stderr.count("\n") == 1
     for row in said[:2] + said[3:]:
-        assert row.keys() == {"path", "model", "targets"} and row["model"].startswith("faces-model:v") and list(row["targets"]) == ["label", "beard"]
+        assert row.keys() == {"path", "model",
+                              "targets"} and row["model"].startswith("faces-model:v") and list(row["targets"]) == ["label", "beard"]
         for target in row["targets"].values():
             assert target.keys() == {"class", "probability", "top"} and len(target["top"]) == 2
-            assert target["top"][0] == [target["class"], target["probability"]] and target["top"][0][1] >= target["top"][1][1]
+            assert target["top"][0] == [target["class"],
+                                        target["probability"]] and target["top"][0][1] >= target["top"][1][1]
         assert abs(sum(p for _, p in row["targets"]["beard"]["top"]) - 1) < 1e-5
     assert said[0]["targets"] == said[3]["targets"]
 
@@ -202,17 +218,22 @@ def test_predict_into_a_file(home, trained, photos, tmp_path, name):
     import pandas as pd
     done = loopbook("predict", photos, "--out", tmp_path / name, "--json", LOOPBOOK_HOME=trained)
     table = pd.read_parquet(tmp_path / name) if name.endswith("parquet") else pd.read_csv(tmp_path / name)
-    assert done.returncode == 0 and json.loads(done.stdout) | {"model": ""} == {"out": str(tmp_path / name), "model": "", "images": 6, "unreadable": 1}
-    assert list(table) == ["path", "model", "label.class", "label.probability", "beard.class", "beard.probability", "error"]
+    assert done.returncode == 0 and json.loads(done.stdout) | {"model": ""} == {"out": str(tmp_path / name),
+                                                                                "model": "", "images": 6,
+                                                                                "unreadable": 1}
+    assert list(table) == ["path", "model", "label.class", "label.probability", "beard.class", "beard.probability",
+                           "error"]
     said = json.loads(loopbook("predict", photos, "--json", LOOPBOOK_HOME=trained).stdout)
-    assert list(table["path"]) == [row["path"] for row in said] and list(table["error"].notna()) == ["error" in row for row in said]
+    assert list(table["path"]) == [row["path"] for row in said] and list(table["error"].notna()) == ["error" in row
+                                                                                                     for row in said]
     good, told = table[table["error"].isna()], [row["targets"]["label"] for row in said if "targets" in row]
     assert list(good["label.class"]) == [t["class"] for t in told]
     assert all(abs(p - t["probability"]) < 1e-9 for p, t in zip(good["label.probability"], told, strict=True))
     assert {p.name for p in tmp_path.iterdir() if "said" in p.name} == {name}
 
 
-@pytest.mark.parametrize("out, said", [("said.xlsx", ".parquet or .csv"), ("said", ".parquet or .csv"), ("nowhere/said.csv", "cannot be written"), ("folder.csv", "is a folder")])
+@pytest.mark.parametrize("out, said", [("said.xlsx", ".parquet or .csv"), ("said", ".parquet or .csv"),
+                                       ("nowhere/said.csv", "cannot be written"), ("folder.csv", "is a folder")])
 def test_a_place_that_cannot_be_written_is_told_in_one_line(home, trained, photos, tmp_path, out, said):
     (tmp_path / "folder.csv").mkdir()
     done = loopbook("predict", photos, "--out", tmp_path / out, LOOPBOOK_HOME=trained)
@@ -225,4 +246,5 @@ def test_a_file_name_that_is_no_text(home, trained, photos, tmp_path):
     except OSError: pytest.skip("this file system has no such names")
     assert "caf" in loopbook("predict", photos, LOOPBOOK_HOME=trained).stdout
     assert "caf" in loopbook("predict", photos, "--json", LOOPBOOK_HOME=trained).stdout
-    assert loopbook("predict", photos, "--out", tmp_path / "said.csv", LOOPBOOK_HOME=trained).returncode == 0 and "caf" in (tmp_path / "said.csv").read_text()
+    assert loopbook("predict", photos, "--out", tmp_path / "said.csv",
+                    LOOPBOOK_HOME=trained).returncode == 0 and "caf" in (tmp_path / "said.csv").read_text()

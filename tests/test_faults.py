@@ -160,7 +160,7 @@ def test_a_loop_that_is_killed_again_and_again_comes_to_the_same_model(home, tmp
     killer = Killer(home, FAULTS)
     killer.keep_going()
     until(lambda: "loop" in slots.states())
-    slots.add(Daemon().folder.jobs.get("loop") or slots.states()["loop"].defined, datetime.now(UTC))
+    slots.add_slot(Daemon().folder.jobs.get("loop") or slots.states()["loop"].defined, datetime.now(UTC))
     try:
         for _ in range(max(FAULTS // 4, 2)):
             time.sleep(killer.random.uniform(1, 8))
@@ -187,7 +187,7 @@ def test_notebooks_that_misbehave_are_told_and_harm_nobody(home):
     daemon = Daemon()
     daemon.plan()
     (home / "broken.ipynb").write_bytes(b'{"cells": [{"cell_type": "code", "sou')
-    for job in daemon.folder.jobs.values(): slots.add(job, datetime.now(UTC))
+    for job in daemon.folder.jobs.values(): slots.add_slot(job, datetime.now(UTC))
     ended = {s.job: (s.status, s.reason) for s in daemon.run(once=True, tick=0.1)}
     assert ended.pop("good") == ("completed", None)
     assert {s for s, _ in ended.values()} == {"failed"} and "not a readable notebook" in ended["unreadable"][1]

@@ -14,7 +14,8 @@ from nbs_lib.schedule.jobs import Job, count_slots, last_slot, next_slot, read_j
 @pytest.fixture
 def read(home):
     "Reads a job from a text, in a home with a notebook `hello.ipynb` that knows the parameter `epochs`."
-    cells = [new_code_cell("epochs: int = 1\nname: str = ''", metadata={"tags": ["parameters"]}), new_code_cell("print(epochs)")]
+    cells = [new_code_cell("epochs: int = 1\nname: str = ''", metadata={"tags": ["parameters"]}),
+             new_code_cell("print(epochs)")]
     nbformat.write(new_notebook(cells=cells), home / "hello.ipynb")
     (home / "scheduled").mkdir()
     def from_text(text: str, name: str = "nightly") -> Job:
@@ -36,7 +37,8 @@ kernel: python3
 enabled: no
 notify: always
 """)
-    assert (job.name, job.notebook, job.weekly, job.timezone) == ("nightly", "hello.ipynb", "monday 07:05", "Europe/Berlin")
+    assert (job.name, job.notebook, job.weekly, job.timezone) == ("nightly", "hello.ipynb", "monday 07:05",
+                                                                  "Europe/Berlin")
     assert (job.parameters, job.timeout, job.retries, job.backoff) == ({"epochs": 3, "name": "on"}, 5400, 2, 30)
     assert (job.kernel, job.enabled, job.notify, job.loop) == ("python3", False, "always", False)
     assert Job.model_validate_json(job.model_dump_json()) == job
@@ -55,7 +57,8 @@ def test_yamls_own_ideas_of_on_and_of_times_do_no_harm(read):
     ("notebook: hello.ipynb\ndaily: 24:00", ":2: daily: '24:00' is not a time of day"),
     ("notebook: hello.ipynb\nweekly: mondy 06:00", ":2: weekly: 'mondy' is not a weekday; did you mean 'monday'?"),
     ("notebook: hello.ipynb\nweekly: monday", ":2: weekly: a time is missing; write monday 06:30"),
-    ("notebook: hello.ipynb\ndaily: 06:00\ntimezone: Europe/Berln", ":3: timezone: 'Europe/Berln' is not a time zone; did you mean 'Europe/Berlin'?"),
+    ("notebook: hello.ipynb\ndaily: 06:00\ntimezone: Europe/Berln",
+     ":3: timezone: 'Europe/Berln' is not a time zone; did you mean 'Europe/Berlin'?"),
     ("notebook: hello.ipynb\nevery: 5m\ndaily: 06:00", ":1: only one of every, daily and weekly"),
     ("notebook: hello.ipynb", ":1: say when: every, daily, weekly or on"),
     ("notebook: hello.ipynb\nloop: true\nevery: 5m", ":1: say either notebook: NAME or loop: true"),
@@ -63,21 +66,26 @@ def test_yamls_own_ideas_of_on_and_of_times_do_no_harm(read):
     ("loop: maybe\nevery: 5m", ":1: loop: 'maybe' is not allowed: input should be a valid boolean"),
     ("loop: true\nkernel: python3\nevery: 5m", ":1: a loop has no kernel of its own"),
     ("notebook: helo\nevery: 5m", ":1: notebook: notebook 'helo': neither a file nor a step"),
-    ("notebook: hello.ipynb\nevery: 5m\nparameters:\n  epoch: 3", ":3: parameters: parameter 'epoch': hello.ipynb has none of that name; did you mean 'epochs'?"),
-    ("notebook: hello.ipynb\nevery: 5m\nparameters: {epochs: '3'}", ":3: parameters: parameter epochs = '3': hello.ipynb wants int there"),
+    ("notebook: hello.ipynb\nevery: 5m\nparameters:\n  epoch: 3",
+     ":3: parameters: parameter 'epoch': hello.ipynb has none of that name; did you mean 'epochs'?"),
+    ("notebook: hello.ipynb\nevery: 5m\nparameters: {epochs: '3'}",
+     ":3: parameters: parameter epochs = '3': hello.ipynb wants int there"),
     ("notebook: hello.ipynb\nevery: 5m\nparameters: [1]", ":3: parameters: [1] is not allowed"),
-    ("loop: true\nevery: 5m\nparameters: {recip: faces}", ":3: parameters: parameter 'recip': the loop has none of that name; did you mean 'recipe'?"),
+    ("loop: true\nevery: 5m\nparameters: {recip: faces}",
+     ":3: parameters: parameter 'recip': the loop has none of that name; did you mean 'recipe'?"),
     ("loop: true\nevery: 5m\nparameters: {force: 'yes'}", ":3: parameters: parameter force = 'yes'"),
     ("loop: true\nevery: 5m\nparameters: {recipe: face}", "recipe 'face' is not in"),
     ("notebook: hello.ipynb\nevery: 5m\nretries: some", ":3: retries: 'some' is not allowed"),
-    ("notebook: hello.ipynb\nevery: 5m\nnotify: sometimes", ":3: notify: 'sometimes' is not allowed: input should be 'never', 'failure' or 'always'"),
+    ("notebook: hello.ipynb\nevery: 5m\nnotify: sometimes",
+     ":3: notify: 'sometimes' is not allowed: input should be 'never', 'failure' or 'always'"),
     ("notebook: hello.ipynb\nevery: 5m\non: datasets", ":3: on: 'datasets' is not allowed"),
     ("notebook: hello.ipynb\nevery: 5m\nevery: 6m", ":3: every: is here twice, also in line 2"),
     ("notebook: hello.ipynb\nevery: [5m", ":3: this is not YAML"),
     ("notebook: hello.ipynb\nevery: {5m: 1}", ":2: every: "),
     ("- notebook\n- every", ":1: a job is lines of the form key: value"),
     ("", ":1: a job is lines of the form key: value"),
-    ("notebook: hello.ipynb\nevery: 5m\nparameters: {name: !!python/object/apply:os.system [true]}", ":3: parameters: could not determine a constructor"),
+    ("notebook: hello.ipynb\nevery: 5m\nparameters: {name: !!python/object/apply:os.system [true]}",
+     ":3: parameters: could not determine a constructor"),
     ("notebook: !!python/name:os.system\nevery: 5m", ":1: "),
 ])
 def test_a_mistake_is_told_with_file_line_and_key(read, home, text, told):
@@ -86,7 +94,8 @@ def test_a_mistake_is_told_with_file_line_and_key(read, home, text, told):
 
 
 def test_names_and_bytes_that_are_no_job(read, home):
-    with pytest.raises(UserError, match="a b.yaml: a job's file is named with letters"): read("loop: true\nevery: 5m", "a b")
+    with pytest.raises(UserError, match="a b.yaml: a job's file is named with letters"):
+        read("loop: true\nevery: 5m", "a b")
     (home / "scheduled" / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="x.yaml: cannot be read"): read_job(home / "scheduled" / "x.yaml")
     (home / "settings.ini").write_text("[schedule]\ntimezone = Mars/Base\n")
@@ -106,7 +115,8 @@ def test_the_jobs_that_ship(home):
         "evaluate": (False, "evaluate", "daily 05:30 UTC"), "report": (False, "digest", "monday 07:00 UTC")}
     assert shipped["watch"].on == ("dataset", "feedback") and shipped["source"].on == ("source",)
     assert {n for n, j in shipped.items() if j.writes} == {"watch", "source", "evaluate"}
-    assert all(len([line for line in f.read_text().splitlines() if line.strip()]) <= 8 for f in (ROOT / "scheduled").glob("*.yaml"))
+    assert all(len([line for line in f.read_text().splitlines() if line.strip()]) <= 8
+               for f in (ROOT / "scheduled").glob("*.yaml"))
 
 
 def utc(text: str) -> datetime: return datetime.fromisoformat(text).replace(tzinfo=UTC)
@@ -114,8 +124,10 @@ def job(**when) -> Job: return Job(name="a", notebook="train", **when)
 
 
 @pytest.mark.parametrize("place, clock, day, expected", [
-    ("Europe/Berlin", "02:30", "2027-03-27", ["27T01:30", "28T01:30", "29T00:30"]),       # 02:30 does not exist on the 28th
-    ("Europe/Berlin", "02:30", "2027-10-30", ["30T00:30", "31T00:30", "01T01:30"]),       # and is there twice on the 31st
+    # 02:30 does not exist on the 28th
+    ("Europe/Berlin", "02:30", "2027-03-27", ["27T01:30", "28T01:30", "29T00:30"]),
+    # and is there twice on the 31st
+    ("Europe/Berlin", "02:30", "2027-10-30", ["30T00:30", "31T00:30", "01T01:30"]),
     ("America/New_York", "01:30", "2026-10-31", ["31T05:30", "01T05:30", "02T06:30"]),
     ("Australia/Lord_Howe", "02:15", "2026-10-03", ["03T15:45", "04T15:15"]),             # half an hour of summer time
     ("Asia/Kolkata", "00:00", "2026-11-21", ["21T18:30", "22T18:30"])])
@@ -127,17 +139,21 @@ def test_a_daily_job_runs_once_on_days_of_23_and_25_hours(place, clock, day, exp
     assert found == expected
 
 
-@pytest.mark.parametrize("when", [{"every": "5m"}, {"every": "7h"}, {"daily": "02:30", "timezone": "Europe/Berlin"}, {"daily": "00:00", "timezone": "Pacific/Apia"},
-                                  {"weekly": "sunday 02:30", "timezone": "Europe/Berlin"}, {"daily": "23:59", "timezone": "America/St_Johns"}])
+@pytest.mark.parametrize("when", [{"every": "5m"}, {"every": "7h"}, {"daily": "02:30", "timezone": "Europe/Berlin"},
+                                  {"daily": "00:00", "timezone": "Pacific/Apia"},
+                                  {"weekly": "sunday 02:30", "timezone": "Europe/Berlin"},
+                                  {"daily": "23:59", "timezone": "America/St_Johns"}])
 @pytest.mark.parametrize("start", ["2027-03-26", "2027-10-29", "2011-12-28"])
 def test_slots_are_the_same_from_all_sides(when, start):
     some, first, minute = job(**when), utc(start), timedelta(minutes=1)
     step = timedelta(minutes=1 if "every" not in when else 7)
     seen, at = [], first
     while (at := next_slot(some, at)) < first + timedelta(days=4): seen.append(at)
-    assert seen == sorted(set(seen)) and count_slots(some, first, first + timedelta(days=4)) in (len(seen), len(seen) + 1)
+    assert seen == sorted(set(seen)) and count_slots(some, first, first + timedelta(days=4)) in (len(seen),
+                                                                                                 len(seen) + 1)
     for slot in seen:
-        assert last_slot(some, slot) == slot and last_slot(some, slot + minute) == slot and next_slot(some, slot - timedelta(seconds=1)) == slot
+        assert last_slot(some, slot) == slot and last_slot(some, slot + minute) == slot and next_slot(some,
+                                                                                                      slot - timedelta(seconds=1)) == slot
         assert slot not in (last_slot(some, slot - timedelta(seconds=1)), next_slot(some, slot))
     at = first
     while at < first + timedelta(days=3):

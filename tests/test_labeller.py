@@ -20,18 +20,21 @@ BIN = Path(sys.executable).parent
 
 
 def forget_trackio() -> None:
-    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]       # it stores in one folder a process
+    "It stores in one folder a process."
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def with_dataset(tmp_path_factory) -> Path:
     "A home whose recipe has a dataset of red and blue pictures, and no model."
     home = tmp_path_factory.mktemp("labeller")
-    (home / "settings.ini").write_text("[project]\nrecipe = colours\n[tracking]\nbackend = trackio\n[recipe.colours]\nsource = nowhere\ntarget = colour\n")
+    (home / "settings.ini").write_text("[project]\nrecipe = colours\n[tracking]\nbackend = trackio\n"
+                                       "[recipe.colours]\nsource = nowhere\ntarget = colour\n")
     forget_trackio()
     with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in os.environ if n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))]: patch.delenv(name)
-        with open_tracker(load_settings(home)).start("dataset", "download") as run: run.log_artifact("colours-dataset", "dataset", small_dataset(home / "dataset").folder)
+        with open_tracker(load_settings(home)).start("dataset", "download") as run:
+            run.log_artifact("colours-dataset", "dataset", small_dataset(home / "dataset").folder)
         yield home
     forget_trackio()
 
@@ -44,7 +47,8 @@ def pets(home, with_dataset, monkeypatch) -> Path:
     return with_dataset
 
 
-def said(p: float = 0.9, **more) -> dict: return {"model": "colours-model:v0", "targets": {"colour": {"red": p, "blue": 1 - p}} | more}
+def said(p: float = 0.9, **more) -> dict:
+    return {"model": "colours-model:v0", "targets": {"colour": {"red": p, "blue": 1 - p}} | more}
 
 
 def labeller(*photos: tuple[int, dict | None], user: str = "ann") -> Labeller:
@@ -66,13 +70,15 @@ def test_a_headless_run_holds_nothing_back(pets):
 
 def test_no_model_yet(pets):
     ann = labeller((1, None), (2, None), (3, None))
-    assert "No model" in ann.model.value and [b.description for b in ann.targets[0].buttons[:2]] == ["1   blue", "2   red"]
+    assert "No model" in ann.model.value
+    assert [b.description for b in ann.targets[0].buttons[:2]] == ["1   blue", "2   red"]
     ann._press("Enter")
     assert "pick a class" in ann.status.value and ann.status.bad and not len(ann.store.history())
     ann._press("7")
     assert "no class with the key 7" in ann.status.value
     ann._press("2")
-    assert ann.status.value.endswith("is red") and not ann.status.bad and list(ann.store.history()["verdict"]) == ["corrected"]
+    assert ann.status.value.endswith("is red") and not ann.status.bad
+    assert list(ann.store.history()["verdict"]) == ["corrected"]
     ann._press("switch")
     assert not ann.many and ann.question, "nothing can be confirmed in a grid where no model has said anything"
 
@@ -81,12 +87,15 @@ def test_verdicts(pets):
     ann = labeller(*((n, said()) for n in range(4)))
     for what, text in (("Enter", ""), ("1", ""), ("new", " fox "), ("?", "")): ann._press(what, text)
     history = ann.store.history()
-    assert list(history["verdict"]) == ["confirmed", "corrected", "new", "unknown"] and list(history["model"]) == ["colours-model:v0"] * 4
+    assert list(history["verdict"]) == ["confirmed", "corrected", "new", "unknown"]
+    assert list(history["model"]) == ["colours-model:v0"] * 4
     assert history["labels"].tolist() == [{"colour": "red"}, {"colour": "blue"}, {"colour": "fox"}, {}]
     ann._press("1")
-    assert len(ann.store.history()) == 4 and ann.parts["empty"].layout.display is None, "nothing is on screen, so nothing is answered"
+    assert len(ann.store.history()) == 4, "nothing is on screen, so nothing is answered"
+    assert ann.parts["empty"].layout.display is None
     for _ in range(5): ann._press("Backspace")
-    assert ann.status.value == "There is nothing to take back" and ann.done == 0 and ann.left == 4 and not len(ann.store.standing())
+    assert ann.status.value == "There is nothing to take back" and ann.done == 0 and ann.left == 4
+    assert not len(ann.store.standing())
     assert ann.targets[0].shown == ["blue", "red", "fox"], "a class that was typed stays on offer"
     assert Labeller(user="bob").store.stats()["waiting"] == 4
 
@@ -95,11 +104,13 @@ def test_an_old_token_answers_nothing(pets):
     ann = labeller(*((n, said()) for n in range(3)))
     token = ann.keyboard.token
     for _ in range(3): ann.keyboard._receive(None, {"press": "Enter", "token": token}, [])
-    for wrong in ({}, {"press": "Enter"}, {"press": "Enter", "token": "x"}, {"press": None, "token": token + 1}): ann.keyboard._receive(None, wrong, [])
+    for wrong in ({}, {"press": "Enter"}, {"press": "Enter", "token": "x"}, {"press": None, "token": token + 1}):
+        ann.keyboard._receive(None, wrong, [])
     assert len(ann.store.history()) == 1
 
 
-@pytest.mark.parametrize("what", ["pick-0-8", "pick-9-0", "pick-x-y", "pick", "tile-99", "__init__", "name", "begin", "-", "0", "new", "first", "order"])
+@pytest.mark.parametrize("what", ["pick-0-8", "pick-9-0", "pick-x-y", "pick", "tile-99", "__init__", "name", "begin",
+                                  "-", "0", "new", "first", "order"])
 def test_strange_messages_change_nothing(pets, what):
     ann = labeller((1, said()), (2, said()))
     ann._press(what, "\x00" * 200)
@@ -125,7 +136,8 @@ def test_a_folder_is_added(pets):
     photos.mkdir()
     for n in range(3): (photos / f"{n}.jpg").write_bytes(picture("red", n))
     ann = labeller()
-    for path, word in (("", "Give the path"), ("nowhere", "no such"), (str(photos), "Added: 3 new, 0 known"), (str(photos), "Added: 0 new, 3 known")):
+    for path, word in (("", "Give the path"), ("nowhere", "no such"), (str(photos), "Added: 3 new, 0 known"),
+                       (str(photos), "Added: 0 new, 3 known")):
         ann._press("folder", path)
         assert word in ann.status.value
     assert ann.question and ann.left == 3
@@ -138,8 +150,10 @@ def test_a_full_disk_moves_nothing_on(pets, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ann.store, "answer", full)
         ann._press("Enter")
-        assert ann.question is shown and ann.status.value == "the disk is full; this was not saved" and ann.status.bad and ann.done == 0
-        patch.setattr(ann.store, "add", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        assert ann.question is shown and ann.status.value == "the disk is full; this was not saved"
+        assert ann.status.bad and ann.done == 0
+        def full_for_photos(*_): raise OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(ann.store, "add", full_for_photos)
         ann._photo("a.jpg", picture("red", 9), 1, 1)
         assert "a.jpg was not added" in ann.status.value
     ann._press("Enter")
@@ -156,7 +170,8 @@ def test_a_photo_that_is_gone_is_told_and_passed_over(pets):
         seen.append(ann.question.item.name)
         if "0.jpg cannot be shown" in ann.status.value: seen.append("told")
         ann._press("Enter")
-    assert sorted(set(seen) - {"told"}) == ["1.jpg", "2.jpg"] and ("told" in seen or "0.jpg cannot be shown" in ann.status.value)
+    assert sorted(set(seen) - {"told"}) == ["1.jpg", "2.jpg"]
+    assert "told" in seen or "0.jpg cannot be shown" in ann.status.value
 
 
 def test_people_answer_without_a_model_that_fails(pets, monkeypatch):
@@ -177,8 +192,10 @@ def test_several_targets_side_by_side(pets, monkeypatch):
     assert [t.name for t in ann.targets] == ["colour", "size"] and ann.right.description.startswith("Right")
     ann._press("Enter")
     ann._press("1")
-    assert ann.active == 1 and ann.right.description.startswith("Save") and len(ann.store.history()) == 1, "marked, not said"
-    assert [b.description[:3] for b in ann.targets[0].buttons[:2]] == ["blu", "red"] and ann.targets[1].buttons[1].description == "2   small", "the keys are for the active target"
+    assert ann.active == 1 and ann.right.description.startswith("Save")
+    assert len(ann.store.history()) == 1, "marked, not said"
+    assert [b.description[:3] for b in ann.targets[0].buttons[:2]] == ["blu", "red"]
+    assert ann.targets[1].buttons[1].description == "2   small", "the keys are for the active target"
     ann._press("2")
     ann._press("Enter")
     ann._press("ArrowLeft")
@@ -187,7 +204,8 @@ def test_several_targets_side_by_side(pets, monkeypatch):
     ann._press("pick-1-1")
     ann._press("Enter")
     ann._press("?")
-    assert ann.store.history()["labels"].tolist() == [{"colour": "red", "size": "big"}, {"colour": "blue", "size": "small"}, {"colour": "red", "size": "small"}, {}]
+    assert ann.store.history()["labels"].tolist() == [
+        {"colour": "red", "size": "big"}, {"colour": "blue", "size": "small"}, {"colour": "red", "size": "small"}, {}]
     assert list(ann.store.history()["verdict"]) == ["confirmed", "corrected", "corrected", "unknown"]
 
 
@@ -223,7 +241,8 @@ def test_the_grid(pets):
     ann._press("Backspace")
     assert ann.done == 0 and len(ann.grid.questions) == 24
     for _ in range(2): ann._press("Enter")
-    assert not ann.many and {ann.question.item.name} | {q.item.name for q in ann.questions._front} == {first, "99.jpg"}, "what was struck out is asked at the end, one at a time"
+    asked = {ann.question.item.name} | {q.item.name for q in ann.questions._front}
+    assert not ann.many and asked == {first, "99.jpg"}, "what was struck out is asked at the end, one at a time"
     ann._press("2")
     ann._press("2")
     assert len(ann.store.standing()) == 31 and ann.question is None
@@ -264,7 +283,8 @@ def test_orders(pets):
     old = ann.store.history()["id"][0]
     ann.store.suspects([(old, {"given": {"colour": "red"}, "suggested": {"colour": "blue"}, "score": 0.02})])
     ann.order.value = "suspects"
-    assert "the dataset says red, should it be blue?" in ann.caption.value and ann.right.description.startswith("Right: blue")
+    assert "the dataset says red, should it be blue?" in ann.caption.value
+    assert ann.right.description.startswith("Right: blue")
     ann._press("Enter")
     assert ann.status.value.endswith("is blue") and ann.question is None
 
@@ -277,12 +297,14 @@ def test_two_pages_of_one_person_and_many_threads(pets):
         for page in (one, two):
             if not page.question: page._press("next")
     standing = one.store.standing()
-    assert len(standing) == 40 and (standing["status"] == "agreed").all() and one.done + two.done == 40 and min(one.done, two.done) > 5
+    assert len(standing) == 40 and (standing["status"] == "agreed").all()
+    assert one.done + two.done == 40 and min(one.done, two.done) > 5
 
 
 def test_examples_of_the_classes(pets):
     ann = labeller((1, said()))
-    assert set(ann.question.examples) == {("colour", "red"), ("colour", "blue")} and all(e.startswith(b"\xff\xd8") for e in ann.question.examples.values())
+    assert set(ann.question.examples) == {("colour", "red"), ("colour", "blue")}
+    assert all(e.startswith(b"\xff\xd8") for e in ann.question.examples.values())
     assert all(s.value in ann.question.examples.values() for s in ann.targets[0].strips[:2])
 
 
@@ -291,7 +313,9 @@ def test_a_photo_in_pieces(pets):
     keyboard = Keyboard(lambda *_: None, lambda *file: files.append(file), max_upload_mb=3)
     data = os.urandom(2_500_000)
     pieces = [data[i:i + 2**20] for i in range(0, len(data), 2**20)]
-    for n, piece in enumerate(pieces): keyboard._receive(None, {"file": "a.jpg", "size": len(data), "start": n * 2**20, "n": 1, "of": 1}, [memoryview(piece)])
+    for n, piece in enumerate(pieces):
+        message = {"file": "a.jpg", "size": len(data), "start": n * 2**20, "n": 1, "of": 1}
+        keyboard._receive(None, message, [memoryview(piece)])
     assert files == [("a.jpg", data, 1, 1)]
     keyboard._receive(None, {"file": "lies.jpg", "size": 10, "start": 0, "n": 1, "of": 1}, [bytes(4_000_000)])
     assert files[-1] == ("lies.jpg", None, 1, 1)
@@ -303,7 +327,8 @@ def test_the_notebook_reports_headlessly(pets):
     ann = labeller((1, said()), (2, said()))
     ann._press("1")
     ann.questions.release()
-    done = subprocess.run([BIN / "loopbook", "run", "feedback", "--json"], capture_output=True, text=True, timeout=200, cwd=pets)
+    done = subprocess.run([BIN / "loopbook", "run", "feedback", "--json"], capture_output=True, text=True, timeout=200,
+                          cwd=pets)
     assert done.returncode == 0, done.stdout + done.stderr
     report = (Path(json.loads(done.stdout)["folder"]) / "feedback.html").read_text()
     assert "What has been said so far" in report and "blue 1" in report and ann.status.value.split()[1] in report
@@ -311,8 +336,10 @@ def test_the_notebook_reports_headlessly(pets):
 
 
 @pytest.mark.parametrize(("words", "env", "message"), [
-    (["--host", "0.0.0.0", "--no-token"], {}, "would let in the whole network"), (["--host", "192.0.2.1"], {}, "--port"), (["--recipe", "nothing"], {}, "recipe 'nothing'"),
+    (["--host", "0.0.0.0", "--no-token"], {}, "would let in the whole network"),
+    (["--host", "192.0.2.1"], {}, "--port"), (["--recipe", "nothing"], {}, "recipe 'nothing'"),
     ([], {"LOOPBOOK_LABEL_TOKEN": "a token&"}, "letters, digits")])
 def test_label_refuses_in_one_line(pets, words, env, message):
-    done = subprocess.run([BIN / "loopbook", "label", "--port", "0", *words], capture_output=True, text=True, timeout=60, env=os.environ | env)
+    done = subprocess.run([BIN / "loopbook", "label", "--port", "0", *words], capture_output=True, text=True,
+                          timeout=60, env=os.environ | env)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -121,6 +121,20 @@ def test_sqlite_is_opened_in_one_place():
     assert [f.name for f in (ROOT / "nbs_lib").rglob("*.py") if "sqlite3.connect" in f.read_text()] == ["sqlite.py"]
 
 
+def test_scripts_and_styles_are_packaged_named_by_a_module_beside_them_and_parse():
+    static = sorted((ROOT / "nbs_lib").glob("*/static/*"))
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["nbs_lib"]
+    assert static and {p for pattern in packaged for p in (ROOT / "nbs_lib").glob(pattern)} >= set(static)
+    for file in static:
+        modules = [m.read_text() for m in file.parent.parent.glob("*.py")]
+        assert any(f'"static/{file.name}"' in m or f"'static/{file.name}'" in m for m in modules), file
+        assert max(map(len, file.read_text().splitlines())) <= 120, file
+        if file.suffix == ".js" and shutil.which("node"):
+            command = ["node", "--input-type=module", "--check"]
+            done = subprocess.run(command, stdin=file.open(), capture_output=True, text=True)
+            assert done.returncode == 0, f"{file}: {done.stderr}"
+
+
 def test_no_step_notebook_exports_while_it_runs_or_hides_a_failure():
     for notebook in NOTEBOOKS:
         for cell in cells(notebook):

@@ -209,10 +209,10 @@ def test_old_slots_are_pruned_but_open_ones_and_the_last_of_each_job(home, setti
     now = datetime.now(UTC)
     def done(job, days):
         moment = now - timedelta(days=days)
-        slots.finish(slots.claim(slots.add(Job(name=job, notebook="a.ipynb", every="1d"), moment), moment).token, "completed")
+        slots.end_attempt(slots.claim(slots.add_slot(Job(name=job, notebook="a.ipynb", every="1d"), moment), moment).token, "completed")
     for days in (30, 20, 12, 5): done("daily", days)
     for days in (40, 30): done("retired", days)
-    open_one = slots.add(Job(name="waits", notebook="a.ipynb", every="1d"), now - timedelta(days=60))
+    open_one = slots.add_slot(Job(name="waits", notebook="a.ipynb", every="1d"), now - timedelta(days=60))
     for days in (50, 49): done("other", days)
     [item] = json.loads(loopbook("prune", "--dry-run", "--json").stdout)["items"]
     assert item["kind"] == "slots" and item["name"].startswith("5 before ") and len(slots.history(100)) == 9

@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from schedules import CLI, START, clock, define, five_minutes_later, go, here, left, planned, until, write  # noqa: F401  fixtures
+# noqa: F401  fixtures
+from schedules import CLI, START, clock, define, five_minutes_later, go, here, left, planned, until, write
 from small_data import picture
 from test_loop import steps  # noqa: F401  a fixture
 
@@ -18,7 +19,7 @@ from nbs_lib.core.errors import UserError
 from nbs_lib.runs import records
 from nbs_lib.runs.writer import writer
 from nbs_lib.schedule import attempts, slots
-from nbs_lib.schedule.daemon import Daemon, overview, run_now
+from nbs_lib.schedule.daemon import Daemon, job_table, run_now
 from nbs_lib.schedule.jobs import Job
 
 
@@ -27,7 +28,8 @@ def test_a_run_has_its_job_and_slot_in_its_record(here):
     process = run_now("greet")
     assert process.wait(60) == 0
     [run], [slot] = records.recent(), slots.history()
-    assert (run.status, run.trigger, slot.status, slot.attempt) == ("completed", f"job:greet@{slot.slot}", "completed", 1)
+    assert (run.status, run.trigger, slot.status, slot.attempt) == ("completed", f"job:greet@{slot.slot}", "completed",
+                                                                    1)
     assert (here / "outputs" / ".schedule" / "greet.log").read_text() == ""
     assert "started by job:greet@" in (Path(run.folder) / "hello.html").read_text()
 
@@ -55,10 +57,11 @@ def test_too_many_failures_in_a_row_pause_a_job(here, clock):
         clock.shift(300)
         go(daemon, clock, 0, status, "no network")
         return len(planned())
-    assert [slot_that_is(s) for s in ("failed", "completed", "failed", "failed", "completed", "completed")] == [1, 2, 3, 4, 4, 4]
-    assert slots.states()["fails"].paused == "failed 2 times in a row, the last time: no network" and overview()[0]["next"] is None
+    assert [slot_that_is(s) for s in ("failed", "completed", "failed", "failed", "completed", "completed")] == [1, 2, 3,
+                                                                                                                4, 4, 4]
+    assert slots.states()["fails"].paused == "failed 2 times in a row, the last time: no network" and job_table()[0]["next"] is None
     slots.resume("fails", datetime.now(UTC))
-    assert [slot_that_is("completed") for _ in range(2)] == [5, 6] and overview()[0]["next"]
+    assert [slot_that_is("completed") for _ in range(2)] == [5, 6] and job_table()[0]["next"]
     with pytest.raises(UserError, match="did you mean 'fails'"): slots.resume("fail", START)
 
 
@@ -74,11 +77,14 @@ def test_two_daemons_on_one_home_run_each_slot_once(here):
     done = [s for s in slots.history(1000) if s.status == "completed"]
     per_slot = Counter(r.trigger for r in records.recent(1000) if r.status == "completed")
     assert per_slot == Counter(s.trigger for s in done) and set(per_slot.values()) == {1}
-    assert all(s.status in ("completed", "missed", "due") for s in slots.history(1000)) and not any("rror" in s for s in said), said
+    assert all(s.status in ("completed", "missed", "due") for s in slots.history(1000)) and not any("rror" in s
+                                                                                                    for s in said), said
 
 
 def test_a_run_that_takes_too_long_is_ended(here):
-    write(here, "deaf", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); get_ipython().kernel.pre_handler_hook = lambda: None\nwhile True: time.sleep(1)")
+    write(here, "deaf",
+          "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); get_ipython().kernel.pre_handler_hook = "
+          "lambda: None\nwhile True: time.sleep(1)")
     define(here, "endless", notebook="deaf.ipynb", every="1d", timeout="2s")
     run_now("endless").wait(60)
     [slot], [run] = slots.history(), records.recent()
@@ -116,16 +122,17 @@ def test_who_writes_waits_visibly_and_who_reads_does_not(here):
     for name, keys in (("writes", {"notebook": "train.ipynb"}), ("reads", {})): define(here, name, every="1d", **keys)
     daemon, now = Daemon(lambda line: None), datetime.now(UTC)
     daemon.plan()
-    for name in ("writes", "reads"): slots.add(daemon.folder.jobs[name], now)
+    for name in ("writes", "reads"): slots.add_slot(daemon.folder.jobs[name], now)
     other = "import sys; from nbs_lib.runs.writer import writer\nwith writer('the loop of somebody'): print('in', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as holder:
         holder.stdout.readline()
         daemon.tick()
         until(lambda: slots.history(job="reads")[0].status == "completed")
         daemon.launch()
         [waiting] = slots.history(job="writes")
         assert waiting.status == "due" and "waits: the loop of somebody" in waiting.reason
-        assert "the loop of somebody" in next(r for r in overview() if r["job"] == "writes")["reason"]
+        assert "the loop of somebody" in next(r for r in job_table() if r["job"] == "writes")["reason"]
         holder.stdin.close()
         holder.wait()
         daemon.launch()
@@ -156,7 +163,8 @@ def test_a_writer_may_skip_instead(here):
 def test_no_more_runs_at_once_than_allowed(here, clock):
     for n in range(5): define(here, f"job{n}", every="5m")
     five_minutes_later(clock)
-    assert [bool(slots.claim(s, START, parallel=2)) for s in slots.due(datetime.now(UTC))] == [True, True, False, False, False]
+    assert [bool(slots.claim(s, START, parallel=2)) for s in slots.due(datetime.now(UTC))] == [True, True, False, False,
+                                                                                               False]
 
 
 def test_a_lease_runs_out_and_the_late_process_is_refused(here, clock):
@@ -192,7 +200,8 @@ def test_a_damaged_schedule_is_told_and_a_new_one_begins_when_it_is_moved_away(h
     for name in here.glob("outputs/schedule.sqlite*"): name.unlink()
     file.write_bytes(b"no database" * 1000)
     clock.shift(300)
-    with pytest.raises(UserError, match="schedule.sqlite: the schedule cannot be kept there .*move a damaged file away"): daemon.plan()
+    with pytest.raises(UserError,
+                       match="schedule.sqlite: the schedule cannot be kept there .*move a damaged file away"): daemon.plan()
     file.unlink()
     for _ in range(2):
         daemon.plan()
@@ -214,7 +223,8 @@ def test_a_loop_runs_once_for_each_new_dataset_version_and_word(steps, home, tmp
     (tmp_path / "data").mkdir()
     for n in range(2):
         (tmp_path / "data" / "rows.txt").write_text(f"from outside, {n}")
-        with open_tracker().start("outside", "download") as run: run.log_artifact("faces-dataset", "dataset", tmp_path / "data", {})
+        with open_tracker().start("outside", "download") as run:
+            run.log_artifact("faces-dataset", "dataset", tmp_path / "data", {})
         (home / "rows.txt").write_text(f"from outside, {n}")
         seen = done(job)
         assert seen.status == "completed" and seen.mark["dataset"] == f"faces-dataset:v{n}" and seen.result == "keep: too [bold]few[/bold]"
@@ -240,7 +250,8 @@ def test_a_notebook_runs_once_for_each_new_dataset_version_whatever_production_w
     (tmp_path / "data" / "rows.txt").write_text("1")
     with open_tracker().start("outside", "download") as run:
         run.log_artifact("faces-dataset", "dataset", tmp_path / "data", {})
-        run.log_artifact("faces-model", "model", tmp_path / "data", {"dataset": "faces-dataset:v0"}, aliases=("production",))
+        run.log_artifact("faces-model", "model", tmp_path / "data", {"dataset": "faces-dataset:v0"},
+                         aliases=("production",))
     seen = done(job)
     assert seen.status == "completed" and seen.mark == {"dataset": "faces-dataset:v0"}
     slots.remember(job, seen.mark)
@@ -254,7 +265,8 @@ def test_a_source_is_read_when_it_has_changed(steps, home, tmp_path):
     photos.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(photos / "1.png")
     file = steps("90_fetch.ipynb", "print(source)", "recipe: str = ''\nsource: str = ''")
-    job = Job(name="source", notebook=str(file), on="source", daily="03:00", parameters={"source": str(tmp_path / "photos")})
+    job = Job(name="source", notebook=str(file), on="source", daily="03:00",
+              parameters={"source": str(tmp_path / "photos")})
     for _ in range(2):
         seen = done(job)
         assert seen.status == "completed"

@@ -3,12 +3,13 @@
 from datetime import UTC, datetime
 
 import pytest
-from schedules import CLI, START, clock, define, five_minutes_later, go, here, planned, until, write  # noqa: F401  fixtures
+# noqa: F401  fixtures
+from schedules import CLI, START, clock, define, five_minutes_later, go, here, planned, until, write
 from test_loop import steps  # noqa: F401  a fixture
 
 from nbs_lib.core.errors import UserError
 from nbs_lib.schedule import slots
-from nbs_lib.schedule.daemon import Daemon, Folder, overview
+from nbs_lib.schedule.daemon import Daemon, Folder, job_table
 
 # when
 
@@ -20,7 +21,8 @@ def test_a_day_of_slots(here, clock):
     assert planned() == [(s, "completed") for s in ("11-21T12:00", "11-21T18:00", "11-22T00:00", "11-22T06:00")]
 
 
-@pytest.mark.parametrize("start, slot", [("2027-03-27T12:00", ["03-28T01:30", "03-29T00:30"]), ("2027-10-30T12:00", ["10-31T00:30", "11-01T01:30"])])
+@pytest.mark.parametrize("start, slot", [("2027-03-27T12:00", ["03-28T01:30", "03-29T00:30"]),
+                                         ("2027-10-30T12:00", ["10-31T00:30", "11-01T01:30"])])
 def test_once_on_the_days_when_clocks_change(here, clock, start, slot):
     clock.move_to(datetime.fromisoformat(start).replace(tzinfo=UTC))
     define(here, "nightly", daily="02:30", timezone="Europe/Berlin")
@@ -57,12 +59,15 @@ def test_missed_slots_are_caught_up_once_or_not_at_all(here, clock, catch_up, st
     Daemon().plan()
     clock.shift(3 * 86400 + 60)
     Daemon().plan()
-    assert {(s.job, s.slot[5:16], s.status, s.missed) for s in slots.history()} == {("hourly", "11-24T10:00", status, 71), ("nightly", "11-24T03:00", status, 2)}
+    assert {(s.job, s.slot[5:16], s.status, s.missed)
+            for s in slots.history()} == {("hourly", "11-24T10:00", status, 71), ("nightly", "11-24T03:00", status, 2)}
     Daemon().plan()
     assert len(slots.history()) == 2
     clock.shift(3600 - 3 * 60 + 20)
     Daemon().plan()
-    assert len(slots.history(job="hourly")) == 2 and slots.history(job="hourly")[0].status == ("missed" if catch_up == "one" else "due")
+    assert len(slots.history(job="hourly")) == 2 and slots.history(job="hourly")[0].status == ("missed"
+                                                                                               if catch_up == "one"
+                                                                                               else "due")
 
 
 def test_a_slot_of_a_minute_ago_is_not_missed(here, clock):
@@ -105,8 +110,9 @@ def test_a_run_that_is_still_going_is_not_started_again(here, clock):
     slots.take(token)
     clock.shift(300)
     daemon.plan()
-    assert planned() == [("11-21T10:05", "running"), ("11-21T10:10", "missed")] and "10:05:00Z was not over" in slots.history()[0].reason
-    slots.finish(token, "completed")
+    assert planned() == [("11-21T10:05", "running"),
+                         ("11-21T10:10", "missed")] and "10:05:00Z was not over" in slots.history()[0].reason
+    slots.end_attempt(token, "completed")
     clock.shift(300)
     daemon.plan()
     assert planned()[-1] == ("11-21T10:15", "due")
@@ -128,7 +134,7 @@ def test_files_are_read_again_and_mistakes_are_told(here, clock):
     again = Daemon(said.append)
     again.plan()
     assert again.folder.jobs["a"].every == 300, "its last good version, also after a restart"
-    assert [(r["job"], bool(r["problem"])) for r in overview()] == [("a", True), ("broken", True)]
+    assert [(r["job"], bool(r["problem"])) for r in job_table()] == [("a", True), ("broken", True)]
     file.write_text("notebook: hello.ipynb\nevery: 1h\n")
     daemon.plan()
     assert daemon.folder.jobs["a"].every == 3600 and "a" not in daemon.folder.problems

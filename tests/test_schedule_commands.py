@@ -35,7 +35,9 @@ def test_commands(here):
     assert {s["job"]: s["status"] for s in found} == {"greet": "completed", "fails": "failed"}
     listed = loopbook("schedule", "--list")
     assert "every 1s" in listed and "ZeroDivisionError" in listed and "no daemon is running here" in listed
-    assert "runs again" in loopbook("schedule", "--resume", "greet") and "did you mean 'greet'" in loopbook("schedule", "--resume", "gret", code=2)
+    assert "runs again" in loopbook("schedule", "--resume", "greet") and "did you mean 'greet'" in loopbook("schedule",
+                                                                                                            "--resume",
+                                                                                                            "gret", code=2)
     assert "nothing new" in loopbook("watch", "--once")
     assert "job:greet@" in loopbook("runs")
 
@@ -64,13 +66,15 @@ def test_the_digest_is_readable_with_and_without_anything_to_tell(here, with_dat
     if with_data:
         run_notebook(here / "bad.ipynb")
         slots.sync([Job(name="sick", notebook="bad.ipynb", every="1h")], START)
-        slot = slots.claim(slots.add(Job(name="sick", notebook="bad.ipynb", every="1h"), START), START)
-        slots.finish(slot.token, "failed", "no network")
+        slot = slots.claim(slots.add_slot(Job(name="sick", notebook="bad.ipynb", every="1h"), START), START)
+        slots.end_attempt(slot.token, "failed", "no network")
     run = run_notebook("digest")
     assert run.status == "completed", run.error
     page = (Path(run.folder) / "digest.html").read_text()
-    assert run.summary["runs"] == run.summary["failed"] == with_data and run.summary["paused"] == (["sick"] if with_data else [])
-    assert ("ZeroDivisionError" in page and "no network" in page) if with_data else "no run failed, and no job is paused" in page
+    assert run.summary["runs"] == run.summary["failed"] == with_data and run.summary["paused"] == (["sick"]
+                                                                                                   if with_data else [])
+    assert ("ZeroDivisionError" in page
+            and "no network" in page) if with_data else "no run failed, and no job is paused" in page
 
 
 def test_the_notebooks_of_the_jobs_that_ship_are_there():
@@ -80,7 +84,8 @@ def test_the_notebooks_of_the_jobs_that_ship_are_there():
 @browser
 def test_run_all_in_jupyterlab_and_run_now(here, tmp_path):
     from playwright.sync_api import expect
-    for name, notebook in (("fails", "bad"), ("greet", "hello")): define(here, name, notebook=f"{notebook}.ipynb", every="1d")
+    for name, notebook in (("fails", "bad"), ("greet", "hello")):
+        define(here, name, notebook=f"{notebook}.ipynb", every="1d")
     (here / "notebooks").mkdir()
     shutil.copy(next((ROOT / "notebooks").glob("*_schedule.ipynb")), here / "notebooks" / "schedule.ipynb")
     with jupyterlab(here, tmp_path, dict(os.environ)) as (_, address), chromium() as shown:

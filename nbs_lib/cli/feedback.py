@@ -38,27 +38,36 @@ def _told(report: dict, as_json: bool) -> None:
     if as_json: return print_json(report)
     for name, why in report["bad_files"]: print(f"left out: {name}: {why}", file=sys.stderr)
     for files in report["conflicting_files"]:
-        print(f"left out: the same image as {' and '.join(f'{name} ({_classes(labels)})' for name, labels in files)}", file=sys.stderr)
-    print(f"images {report['images']:,} ({report['new']:,} new)  ·  answers {report['said']:,} ({report['repeated']:,} said before)  ·  "
+        print(f"left out: the same image as {' and '.join(f'{name} ({_classes(labels)})' for name, labels in files)}",
+              file=sys.stderr)
+    print(f"images {report['images']:,} ({report['new']:,} new)  ·  answers {report['said']:,} "
+          f"({report['repeated']:,} said before)  ·  "
           f"to be looked at {report['unlabelled']:,}")
     for target, classes in report["new_classes"].items():
-        if classes: print(f"new classes of {target}: {', '.join(f'{c} ({n:,})' for c, n in list(classes.items())[:20])}")
+        if classes:
+            print(f"new classes of {target}: {', '.join(f'{c} ({n:,})' for c, n in list(classes.items())[:20])}")
 
 def _classes(labels: dict) -> str: return ", ".join(f"{t} {c}" for t, c in labels.items() if c is not None)
 
 # %% ../../notebooks/library/cli/03_feedback.ipynb #6f451c86
-@feedback.command(epilog="Examples:  loopbook feedback add *.jpg --label cat --user ann  ·  loopbook feedback add a.png --label hair=red --label beard=no")
+@feedback.command(epilog="Examples:  loopbook feedback add *.jpg --label cat --user ann  ·  loopbook feedback add "
+                         "a.png --label hair=red --label beard=no")
 def add(paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-        label: Annotated[list[str] | None, typer.Option("--label", metavar="L", help="Their class, or TARGET=CLASS; none: to be looked at.")] = None,
+        label: Annotated[list[str] | None, typer.Option("--label", metavar="L",
+                                                        help="Their class, or TARGET=CLASS; none: to be looked at.")] = None,
         user: User = None, recipe: RecipeName = None, as_json: Json = False):
     "Take images in, with a label that holds for all of them or to be looked at."
     from nbs_lib.feedback.exchange import add_files, known_classes
     store = _store(recipe)
     _told(add_files(store, paths, user or _login(), known_classes(store), label or ()), as_json)
 
-@feedback.command("import", epilog="Examples:  loopbook feedback import photos.zip --user ann  ·  loopbook feedback import photos/ --labels said.csv")
-def import_(path: Annotated[Path, typer.Argument(metavar="FOLDER_OR_ZIP", help="Class folders, or images beside a labels.csv.")],
-            labels: Annotated[Path | None, typer.Option("--labels", metavar="CSV", help="A table elsewhere: file_name and one column a target.")] = None,
+@feedback.command("import",
+                  epilog="Examples:  loopbook feedback import photos.zip --user ann  ·  loopbook feedback import "
+                         "photos/ --labels said.csv")
+def import_(path: Annotated[Path, typer.Argument(metavar="FOLDER_OR_ZIP",
+                                                 help="Class folders, or images beside a labels.csv.")],
+            labels: Annotated[Path | None, typer.Option("--labels", metavar="CSV",
+                                                        help="A table elsewhere: file_name and one column a target.")] = None,
             user: User = None, recipe: RecipeName = None, as_json: Json = False):
     "Take in a folder or zip of labelled images; again adds nothing."
     from nbs_lib.feedback.exchange import import_folder, known_classes
@@ -78,7 +87,8 @@ def stats(recipe: RecipeName = None, as_json: Json = False):
     show("user", "answers", found["users"])
     for target, classes in found["targets"].items(): show(target, "images", classes)
 
-@feedback.command(epilog="Examples:  loopbook feedback export answers.csv  ·  loopbook feedback export answers.parquet --recipe faces")
+@feedback.command(epilog="Examples:  loopbook feedback export answers.csv  ·  loopbook feedback export "
+                         "answers.parquet --recipe faces")
 def export(path: Annotated[Path, typer.Argument(metavar="FILE", help="A name that ends with .csv or .parquet.")],
            recipe: RecipeName = None, as_json: Json = False):
     "Write the answers that stand now, one row an image."
@@ -91,16 +101,23 @@ def export(path: Annotated[Path, typer.Argument(metavar="FILE", help="A name tha
 def label_token() -> str:
     "The token of `LOOPBOOK_LABEL_TOKEN`, or a new one; raises `UserError`."
     from nbs_lib.core.errors import UserError
-    token = os.environ.pop("LOOPBOOK_LABEL_TOKEN", "") or secrets.token_urlsafe(24)   # popped: no kernel needs to know it
-    if not re.fullmatch(r"[A-Za-z0-9._~-]+", token): raise UserError("LOOPBOOK_LABEL_TOKEN: use letters, digits and ._~- only, as it is part of an address")
+    # popped: no kernel needs to know it
+    token = os.environ.pop("LOOPBOOK_LABEL_TOKEN", "") or secrets.token_urlsafe(24)
+    if not re.fullmatch(r"[A-Za-z0-9._~-]+", token):
+        raise UserError("LOOPBOOK_LABEL_TOKEN: use letters, digits and ._~- only, as it is part of an address")
     return token
 
-@app.command(epilog="Examples:  loopbook label  ·  loopbook label --recipe faces --port 9000  ·  LOOPBOOK_LABEL_TOKEN=… loopbook label --host 0.0.0.0")
-def label(port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Port of the page; 0: a free one.")] = 8866,
-          host: Annotated[str, typer.Option(metavar="H", help="Address to listen on; beyond this machine (0.0.0.0) only with a token.")] = "127.0.0.1",
+@app.command(epilog="Examples:  loopbook label  ·  loopbook label --recipe faces --port 9000  ·  "
+                    "LOOPBOOK_LABEL_TOKEN=… loopbook label --host 0.0.0.0")
+def label(port: Annotated[int, typer.Option(metavar="P", min=0, max=65535,
+                                            help="Port of the page; 0: a free one.")] = 8866,
+          host: Annotated[str, typer.Option(metavar="H",
+                                            help="Address to listen on; beyond this machine (0.0.0.0) only with a "
+                                                 "token.")] = "127.0.0.1",
           no_token: Annotated[bool, typer.Option("--no-token", help="Let everyone on this machine in.")] = False,
           recipe: RecipeName = None, as_json: Json = False):
-    "Serve the labelling page; people open its address, give their name and begin. `&user=ANN` in the address is a name, too."
+    """Serve the labelling page; people open its address, give their name and begin. `&user=ANN` in the address is a
+    name, too."""
     token = "" if no_token else label_token()
     from nbs_lib.web.label_page import serve
     from nbs_lib.core.settings import load_settings, use_recipe

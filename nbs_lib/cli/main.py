@@ -5,6 +5,7 @@
 # %% ../../notebooks/library/cli/05_main.ipynb #09122ce6
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -17,20 +18,24 @@ from .terminal import app
 __all__ = ['Usage', 'main']
 
 # %% ../../notebooks/library/cli/05_main.ipynb #5b64dd58
+# typer's errors in what was typed; it does not export their name
+Usage: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
 def main() -> None:
     "The `loopbook` command."
     import signal
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # a stopped service leaves in order, like Ctrl-C
-    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
+    for stream in (sys.stdout, sys.stderr):
+        # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
     try: sys.exit(app(standalone_mode=False))
     except Exception as error:
         from nbs_lib.core.errors import UserError                    # imported late, as `--help` does not need it
         if isinstance(error, UserError): text = str(error)
         elif isinstance(error, Usage):                            # without words where the help was printed
-            text = (said := error.format_message().rstrip(".")) and f"{said}; see `{error.ctx.command_path if error.ctx else 'loopbook'} --help`"
+            said, where = error.format_message().rstrip("."), error.ctx.command_path if error.ctx else "loopbook"
+            text = said and f"{said}; see `{where} --help`"
         elif isinstance(error, OSError) and error.strerror: text = f"{error.filename or 'the system'}: {error.strerror}"
         else: raise
         if text: print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
-
-Usage = typer.BadParameter.__base__                               # typer's errors in what was typed; it does not export their name

@@ -36,13 +36,15 @@ def _versions(type: str, as_json: bool, columns: dict[str, Callable]) -> None:
 @app.command(epilog="Examples:  loopbook datasets  ·  loopbook datasets --json")
 def datasets(as_json: Json = False):
     "List the dataset versions, newest first."
-    _versions("dataset", as_json, {"rows": lambda m: m.get("rows"), "targets": lambda m: ", ".join(m.get("targets") or [])})
+    def targets(metadata): return ", ".join(f"{t} ({n})" for t, n in (metadata.get("classes") or {}).items())
+    _versions("dataset", as_json, {"rows": lambda m: m.get("rows"), "targets (classes)": targets})
 
 # %% ../../notebooks/library/cli/02_models.ipynb #9df2e108
 @app.command(epilog="Examples:  loopbook models  ·  loopbook models --json")
 def models(as_json: Json = False):
     "List the model versions, newest first, with their aliases: production, candidate, previous."
-    _versions("model", as_json, {"accuracy": lambda m: percent(m.get("accuracy")), "dataset": lambda m: m.get("dataset"),
+    _versions("model", as_json, {"accuracy": lambda m: percent(m.get("accuracy")),
+                                 "dataset": lambda m: m.get("dataset"),
                                  "backbone": lambda m: m.get("backbone"), "mode": lambda m: m.get("mode")})
 
 # %% ../../notebooks/library/cli/02_models.ipynb #fa4e4399
@@ -55,7 +57,9 @@ def dashboard():
 
 # %% ../../notebooks/library/cli/02_models.ipynb #792f7e2d
 @app.command(epilog="Examples:  loopbook promote v3  ·  loopbook promote candidate --recipe faces")
-def promote(version: Annotated[str, typer.Argument(help="A model's version (v3) or alias (candidate), or both its names (faces-model:v3).")],
+def promote(version: Annotated[str,
+                               typer.Argument(help="A model's version (v3) or alias (candidate), or both its names "
+                                                   "(faces-model:v3).")],
             recipe: RecipeName = None, as_json: Json = False):
     "Make a model version the production model, whatever the gate said."
     from nbs_lib.tracking.promotion import promote
@@ -82,18 +86,23 @@ def rollback(recipe: RecipeName = None, as_json: Json = False):
 
 # %% ../../notebooks/library/cli/02_models.ipynb #04cc4063
 def brief(answer: dict, top: int) -> dict:
-    "A predictor's answer with `{\"class\": …, \"probability\": …, \"top\": [[class, probability], …]}` for each target."
+    """A predictor's answer with `{\"class\": …, \"probability\": …, \"top\": [[class, probability], …]}` for each
+    target."""
     if "targets" not in answer: return answer
     best = {t: [list(pair) for pair in islice(p.items(), top)] for t, p in answer["targets"].items()}
-    return answer | {"targets": {t: {"class": pairs[0][0], "probability": pairs[0][1], "top": pairs} for t, pairs in best.items()}}
+    return answer | {"targets": {t: {"class": pairs[0][0], "probability": pairs[0][1], "top": pairs} for t,
+                                 pairs in best.items()}}
 
 # %% ../../notebooks/library/cli/02_models.ipynb #542aa266
-@app.command(epilog="Examples:  loopbook predict cat.jpg  ·  loopbook predict photos/ --top 3 --json  ·  loopbook predict photos/ --out said.parquet")
+@app.command(epilog="Examples:  loopbook predict cat.jpg  ·  loopbook predict photos/ --top 3 --json  ·  loopbook "
+                    "predict photos/ --out said.parquet")
 def predict(paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
             top: Annotated[int, typer.Option(metavar="K", min=1, help="Show so many classes.")] = 1,
             model: Annotated[str, typer.Option(metavar="V", help="A model's version (v3) or alias.")] = "production",
             recipe: RecipeName = None,
-            out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a .parquet or .csv table; goes on where it was broken off.")] = None,
+            out: Annotated[Path | None, typer.Option(metavar="FILE",
+                                                     help="Write a .parquet or .csv table; goes on where it was "
+                                                          "broken off.")] = None,
             as_json: Json = False):
     "Say what is in images."
     from nbs_lib.serving.batch import image_files, write_predictions
@@ -109,7 +118,9 @@ def predict(paths: Annotated[list[Path], typer.Argument(help="Images, or folders
         raise typer.Exit(2 if said["unreadable"] == len(files) else 0)
     good = [row for row in rows if "targets" in row]
     if as_json: print_json(rows)
-    elif good: table(["image", *good[0]["targets"]], [(row["path"], *(_line(t["top"]) for t in row["targets"].values())) for row in good])
+    elif good:
+        table(["image", *good[0]["targets"]], [(row["path"], *(_line(t["top"]) for t in row["targets"].values()))
+                                               for row in good])
     for row in rows:
         if "error" in row: print(f"error: {row['path']}: {row['error']}", file=sys.stderr)
     if not good: raise typer.Exit(2)

@@ -37,10 +37,15 @@ class _Pairs(TyperCommand):
                 joined.append(name if value is None else f"{name}={value}")
         return super().parse_args(ctx, joined)
 
-@app.command(cls=_Pairs, epilog="Examples:  loopbook run train -p epochs 3 -p mode finetune  ·  loopbook run my.ipynb --timeout 3600")
-def run(notebook: Annotated[str, typer.Argument(help="A notebook's path, or a step's name: download, train, evaluate…")],
-        parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE", help="Set a parameter; may be repeated.")] = None,
-        kernel: Annotated[str | None, typer.Option(metavar="K", help="Jupyter kernel; the notebook's own where not given.")] = None,
+@app.command(cls=_Pairs,
+             epilog="Examples:  loopbook run train -p epochs 3 -p mode finetune  ·  loopbook run my.ipynb --timeout "
+                    "3600")
+def run(notebook: Annotated[str,
+                            typer.Argument(help="A notebook's path, or a step's name: download, train, evaluate…")],
+        parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE",
+                                                            help="Set a parameter; may be repeated.")] = None,
+        kernel: Annotated[str | None, typer.Option(metavar="K",
+                                                   help="Jupyter kernel; the notebook's own where not given.")] = None,
         timeout: Annotated[float | None, typer.Option(metavar="S", help="Stop the run after so many seconds.")] = None,
         as_json: Json = False):
     "Execute one notebook, keep it and its HTML in outputs/; a step of the loop waits until nobody else is writing."
@@ -48,9 +53,11 @@ def run(notebook: Annotated[str, typer.Argument(help="A notebook's path, or a st
     from nbs_lib.runs.execute import find_notebook, run_notebook
     from nbs_lib.runs.writer import writer
     def waits(reason): print(f"{reason}; waiting", file=sys.stderr)
-    with writer(f"a run of {notebook}", told=waits) if writes(notebook) else nullcontext(), progress() as (on_step, on_cell):
+    with writer(f"a run of {notebook}", told=waits) if writes(notebook) else nullcontext(), progress() as (on_step,
+                                                                                                           on_cell):
         on_step(find_notebook(notebook).stem, None)
-        done = run_notebook(notebook, dict(p.split("=", 1) for p in parameter or []), kernel, timeout, texts=True, on_cell=on_cell)
+        done = run_notebook(notebook, dict(p.split("=", 1) for p in parameter or []), kernel, timeout, texts=True,
+                            on_cell=on_cell)
         on_step(done.step, done)
     if as_json: print_json(record(done))
     else: console().print(Path(done.folder) / f"{done.step}.html", markup=False)
@@ -68,15 +75,19 @@ def _tell(records) -> None:
         for problem in notify(settings=settings, **message): print(problem, file=sys.stderr)
 
 # %% ../../notebooks/library/cli/01_runs.ipynb #e0a216be
-@app.command(epilog="Examples:  loopbook loop  ·  loopbook loop --recipe faces --source photos.zip  ·  loopbook loop --force --json")
+@app.command(epilog="Examples:  loopbook loop  ·  loopbook loop --recipe faces --source photos.zip  ·  loopbook loop "
+                    "--force --json")
 def loop(recipe: RecipeName = None,
-         source: Annotated[str | None, typer.Option(metavar="S", help="Folder, zip, address or dataset; the recipe's own where not given.")] = None,
+         source: Annotated[str | None, typer.Option(metavar="S",
+                                                    help="Folder, zip, address or dataset; the recipe's own where not "
+                                                         "given.")] = None,
          force: Annotated[bool, typer.Option("--force", help="Run all steps, changed or not.")] = False,
          as_json: Json = False):
     "Download, train and evaluate what has changed, and promote a better model."
     from nbs_lib.loop.loop import run_loop
     from nbs_lib.runs.results import Judged
-    if source and Path(source).expanduser().exists(): source = str(Path(source).expanduser().resolve())  # as seen from here, not from the home
+    # as seen from here, not from the home
+    if source and Path(source).expanduser().exists(): source = str(Path(source).expanduser().resolve())
     start = time.perf_counter()
     with progress() as (on_step, on_cell): result = run_loop(recipe, source, force, on_step=on_step, on_cell=on_cell)
     judged = Judged.read(result.steps[-1].summary)
@@ -98,7 +109,8 @@ def _summary(result, judged) -> None:
         screen.print(f"\ndecision     {judged}", markup=False)
         screen.print(f"production   {judged.production or 'none'}", markup=False)
     for step in result.steps: screen.print(f"{step.step:<12} {near(Path(step.folder) / step.step)}.html", markup=False)
-    screen.print(f"dashboard    {sys.argv[0] if Path(sys.argv[0]).name == 'loopbook' else 'loopbook'} dashboard", markup=False)
+    screen.print(f"dashboard    {sys.argv[0] if Path(sys.argv[0]).name == 'loopbook' else 'loopbook'} dashboard",
+                 markup=False)
 
 # %% ../../notebooks/library/cli/01_runs.ipynb #515a12f4
 @app.command(epilog="Examples:  loopbook runs  ·  loopbook runs --json")
@@ -108,7 +120,8 @@ def runs(as_json: Json = False):
     found = recent()
     if as_json: return print_json([record(r) for r in found])
     def took(run): return f"{run.seconds:.1f} s" if run.seconds is not None else ""
-    table(["run", "status", "took", "cell", "started by", "error"], [(r.id, r.status, took(r), r.cell, r.trigger, r.error) for r in found])
+    table(["run", "status", "took", "cell", "started by", "error"],
+          [(r.id, r.status, took(r), r.cell, r.trigger, r.error) for r in found])
 
 # %% ../../notebooks/library/cli/01_runs.ipynb #7c1fe10d
 @app.command(epilog="Examples:  loopbook merge  ·  loopbook merge --recipe cats_vs_dogs --force --json")
@@ -125,7 +138,8 @@ def merge(recipe: RecipeName = None,
         on_step("merge", None)
         run = run_notebook("merge", {"recipe": name, "force": force}, on_cell=on_cell)
         on_step("merge", run)
-    if as_json: print_json({"status": run.status, "error": run.error, "run": run.id, "folder": run.folder} | run.summary)
+    if as_json:
+        print_json({"status": run.status, "error": run.error, "run": run.id, "folder": run.folder} | run.summary)
     elif run.status == "completed" and (merged := Merged.read(run.summary)):
         print()
         table(["outcome", "reason", "images"], [(row.outcome, row.reason, f"{row.images:,}") for row in merged.why])
@@ -144,9 +158,12 @@ def find_run(name: str):
         if newest := records.recent(1): return newest[0]
         raise UserError("there is no run yet; `loopbook loop` makes the first ones")
     outputs = home() / "outputs"
-    found = sorted(p.name for p in outputs.iterdir() if p.name.startswith(name) and (p / "log.txt").exists()) if outputs.exists() and name else []
+    found = sorted(p.name for p in outputs.iterdir() if p.name.startswith(name)
+                   and (p / "log.txt").exists()) if outputs.exists() and name else []
     if name in found or len(found) == 1: return records.get(name if name in found else found[0])
-    if found: raise UserError(f"{len(found)} runs begin with {name!r}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}; give more of the id")
+    if found:
+        raise UserError(f"{len(found)} runs begin with {name!r}: "
+                        f"{', '.join(found[:5])}{', …' if len(found) > 5 else ''}; give more of the id")
     raise UserError(f"run {records.get(name).id} has left no log, or it was pruned")
 
 # %% ../../notebooks/library/cli/01_runs.ipynb #928a1d49
@@ -157,7 +174,8 @@ def read_log(run, follow: bool = False, pause: float = 0.3) -> Iterator[bytes]:
     while follow and not file.exists() and get(run.id).status == "running": time.sleep(pause)
     with open(file, "rb") as log:
         while True:
-            ended = not follow or get(run.id).status != "running"   # asked before the last look, so that nothing written in between is lost
+            # asked before the last look, so that nothing written in between is lost
+            ended = not follow or get(run.id).status != "running"
             while piece := log.read(1 << 20): yield piece
             if ended: return
             time.sleep(pause)

@@ -20,9 +20,12 @@ def _say(line: str) -> None:
     from datetime import datetime
     print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}", file=sys.stderr, flush=True)
 
-@app.command(epilog="Examples:  loopbook schedule  ·  loopbook schedule --once  ·  loopbook schedule --list  ·  loopbook schedule --resume watch")
-def schedule(once: Annotated[bool, typer.Option("--once", help="Run what is due, and leave: for cron and Kubernetes.")] = False,
-             show: Annotated[bool, typer.Option("--list", help="Show each job, its last result and its next time.")] = False,
+@app.command(epilog="Examples:  loopbook schedule  ·  loopbook schedule --once  ·  loopbook schedule --list  ·  "
+                    "loopbook schedule --resume watch")
+def schedule(once: Annotated[bool, typer.Option("--once",
+                                                help="Run what is due, and leave: for cron and Kubernetes.")] = False,
+             show: Annotated[bool, typer.Option("--list",
+                                                help="Show each job, its last result and its next time.")] = False,
              resume: Annotated[str | None, typer.Option(metavar="JOB", help="Start a paused job again.")] = None,
              as_json: Json = False):
     "Run the jobs of scheduled/ when they are due, until stopped."
@@ -30,12 +33,12 @@ def schedule(once: Annotated[bool, typer.Option("--once", help="Run what is due,
     from datetime import UTC, datetime
 
     from nbs_lib.schedule import slots
-    from nbs_lib.schedule.daemon import Daemon, overview
+    from nbs_lib.schedule.daemon import Daemon, job_table
     from nbs_lib.core.files import home
     if resume:
         slots.resume(resume, datetime.now(UTC))
         return print(f"{resume} runs again from its next slot on")
-    if show: return _show(overview(), as_json)
+    if show: return _show(job_table(), as_json)
     daemon = Daemon(_say)
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: daemon.quit.set())
     if not once: _say(f"the jobs of {home() / 'scheduled'}; stop with Ctrl-C")
@@ -44,18 +47,19 @@ def schedule(once: Annotated[bool, typer.Option("--once", help="Run what is due,
     if once: ended("failed" if any(s.status in ("failed", "due") for s in found) else "completed")
 
 def _show(jobs: list[dict], as_json: bool) -> None:
-    from nbs_lib.schedule.daemon import awake, short
+    from nbs_lib.schedule.daemon import daemon_is_running, short_time
     if as_json: return print_json(jobs)
     table(["job", "when", "next (UTC)", "last (UTC)", "status", ""],
-          [(j["job"], j["timing"], short(j["next"]), short(j["last"]), j["status"],
+          [(j["job"], j["timing"], short_time(j["next"]), short_time(j["last"]), j["status"],
             f"paused: {j['paused']}" if j["paused"] else j["problem"] or j["reason"]) for j in jobs])
-    if not awake(): print("no daemon is running here; `loopbook schedule` starts one")
+    if not daemon_is_running(): print("no daemon is running here; `loopbook schedule` starts one")
 
 # %% ../../notebooks/library/cli/04_schedule.ipynb #da8fab43
 @app.command(epilog="Examples:  loopbook watch --once  ·  loopbook watch --interval 600  ·  loopbook watch --force")
 def watch(once: Annotated[bool, typer.Option("--once", help="Look once, and leave.")] = False,
           interval: Annotated[float, typer.Option(metavar="S", min=1, help="Look every so many seconds.")] = 300,
-          force: Annotated[bool, typer.Option("--force", help="Go round the loop at once, all steps, and leave.")] = False,
+          force: Annotated[bool, typer.Option("--force",
+                                              help="Go round the loop at once, all steps, and leave.")] = False,
           recipe: RecipeName = None, as_json: Json = False):
     "Go round the loop when there is new feedback, or a dataset that is newer than production's."
     import threading
@@ -83,20 +87,26 @@ def _look_and_loop(job, force: bool):
     from nbs_lib.schedule.attempts import attempt
     began = records.now()
     if force: job = job.model_copy(update={"parameters": job.parameters | {"force": True}})
-    def told(reason): reason and _say(f"waits: {reason}")
-    with progress() as (on_step, on_cell): found = attempt(job, "watch", told, slots.recall(job), on_step=on_step, on_cell=on_cell)
+    def on_wait(reason):
+        if reason: _say(f"waits: {reason}")
+    with progress() as (on_step, on_cell): found = attempt(job, "watch", on_wait, slots.recall(job), on_step, on_cell)
     if found.mark: slots.remember(job, found.mark)
-    for run in reversed([r for r in records.recent(20, trigger="watch") if r.started_at >= began]):
+    for run in reversed([r for r in records.recent(20, trigger="watch") if (r.started_at or "") >= began]):
         for message in messages(run): notify(**message)
     return found
 
 # %% ../../notebooks/library/cli/04_schedule.ipynb #416d7dc8
 @app.command(epilog="Examples:  loopbook prune --dry-run  ·  loopbook prune --json")
-def prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False, as_json: Json = False):
+def prune(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+          as_json: Json = False):
     "Delete old outputs, versions and caches, as \\[retention] in settings.ini says; never what production came from."
     from nbs_lib.schedule.retention import prune
     found = prune(dry_run)
-    if as_json: return print_json({"dry_run": dry_run, "bytes": found.bytes, "items": [vars(i) for i in found.items], "notes": found.notes})
-    if found.items: table(["", "would go" if dry_run else "gone", "MB"], [(i.kind, i.name, f"{i.bytes / 1e6:.1f}" if i.path else "") for i in found.items])
-    print(f"{'would go' if dry_run else 'gone'}: {len(found.items)} things, {found.bytes / 1e6:.1f} MB")
+    if as_json:
+        return print_json({"dry_run": dry_run, "bytes": found.bytes, "items": [vars(i) for i in found.items],
+                           "notes": found.notes})
+    verb = "would go" if dry_run else "gone"
+    if found.items:
+        table(["", verb, "MB"], [(i.kind, i.name, f"{i.bytes / 1e6:.1f}" if i.path else "") for i in found.items])
+    print(f"{verb}: {len(found.items)} things, {found.bytes / 1e6:.1f} MB")
     for note in found.notes: print(note, file=sys.stderr)

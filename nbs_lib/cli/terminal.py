@@ -20,9 +20,12 @@ __all__ = ['app', 'Json', 'RecipeName', 'COLOURS', 'console', 'print_json', 'tab
 # %% ../../notebooks/library/cli/00_terminal.ipynb #15911275
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Image classifiers that keep learning, kept entirely in notebooks.",
-                  epilog="Begin with [bold]loopbook loop[/bold], then look at [bold]outputs/[/bold] and [bold]loopbook dashboard[/bold].")
+                  epilog="Begin with [bold]loopbook loop[/bold], then look at [bold]outputs/[/bold] and "
+                         "[bold]loopbook dashboard[/bold].")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="R", help="Recipe of settings.ini; the one under \\[project] where not given.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="R",
+                                                help="Recipe of settings.ini; the one under \\[project] where not "
+                                                     "given.")]
 
 # %% ../../notebooks/library/cli/00_terminal.ipynb #524909ff
 COLOURS = {"completed": "green", "skipped": "cyan", "running": "yellow"}
@@ -36,7 +39,8 @@ def console(stderr: bool = False):
 def print_json(value) -> None:
     "Print `value` as one JSON document; what JSON does not know, as text, and what is no number, as null."
     import json
-    known = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)  # json would write NaN, which nobody else reads
+    # json would write NaN, which nobody else reads
+    known = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
     print(json.dumps(known, indent=1))
 
 def table(columns: Iterable[str], rows: Iterable[Iterable]) -> None:
@@ -45,7 +49,8 @@ def table(columns: Iterable[str], rows: Iterable[Iterable]) -> None:
     from rich.text import Text
     grid = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns: grid.add_column(Text(column), overflow="fold")
-    for row in rows: grid.add_row(*(Text("" if cell is None else str(cell), COLOURS.get(str(cell), "")) for cell in row))
+    for row in rows:
+        grid.add_row(*(Text("" if cell is None else str(cell), COLOURS.get(str(cell), "")) for cell in row))
     console().print(grid)
 
 # %% ../../notebooks/library/cli/00_terminal.ipynb #7733bac9
@@ -66,8 +71,10 @@ def line(run):
     "One line on a run that has ended, with the cell and the error where it failed."
     from rich.text import Text
     took = f"{run.seconds:7.1f} s" if run.status != "skipped" else "unchanged"
-    text = Text.assemble(f"{run.step:<12}", (f"{run.status:<10}", COLOURS.get(run.status, "bold red")), f" {took}   ", near(run.folder))
-    return text.append(f"\n  cell {run.cell}: {run.error}" if run.cell else f"\n  {run.error}", "red") if run.error else text
+    text = Text.assemble(f"{run.step:<12}", (f"{run.status:<10}", COLOURS.get(run.status, "bold red")), f" {took}   ",
+                         near(run.folder))
+    return text.append(f"\n  cell {run.cell}: {run.error}" if run.cell else f"\n  {run.error}",
+                       "red") if run.error else text
 
 # %% ../../notebooks/library/cli/00_terminal.ipynb #a0ea89d3
 @contextmanager
@@ -75,8 +82,10 @@ def progress() -> Iterator[tuple[Callable, Callable]]:
     "Callbacks for steps and cells: a moving line per step on a terminal, and one that stays when it has ended."
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     screen = console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("cell"), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal, redirect_stdout=False) as bar:
+    columns = SpinnerColumn(), TextColumn("{task.description}",
+                                          markup=False), BarColumn(), TextColumn("cell"), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal,
+                  redirect_stdout=False) as bar:
         task = bar.add_task("", total=None, visible=False)
         def on_step(name, run):
             if run is None: bar.reset(task, description=name, total=None, visible=True)
@@ -96,7 +105,8 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     screen = console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal, redirect_stdout=False) as bar:
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal,
+                  redirect_stdout=False) as bar:
         task = bar.add_task(what, total=total)
         yield lambda n: bar.advance(task, n)
 

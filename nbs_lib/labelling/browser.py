@@ -5,201 +5,46 @@
 # %% ../../notebooks/library/labelling/01_browser.ipynb #43ed4496
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from urllib.parse import parse_qs
 
 import anywidget
+from fastcore.basics import patch
 from traitlets import Bool, Int, Unicode
 
+from ..core.files import repository
+
 # %% auto #0
-__all__ = ['SCRIPT', 'STYLE', 'Words', 'visitor', 'Keyboard']
+__all__ = ['HERE', 'BARS', 'Words', 'Keyboard']
 
 # %% ../../notebooks/library/labelling/01_browser.ipynb #85b8844c
+HERE = repository() / "nbs_lib" / "labelling"
+
 class Words(anywidget.AnyWidget):
     "Text, shown as it is; `bad` where it is about something that went wrong."
     value, bad = Unicode().tag(sync=True), Bool(False).tag(sync=True)
-    _esm = """
-export default { render({ model, el }) {
-  const show = () => { el.textContent = model.get("value"); el.classList.toggle("bad", model.get("bad")); };
-  model.on("change:value change:bad", show);
-  show();
-} };
-"""
+    _esm = HERE / "static/words.js"
+
     def __init__(self, value: str = "", *classes: str):
         super().__init__(value=value)
         for name in ("words", *classes): self.add_class(name)
 
-# %% ../../notebooks/library/labelling/01_browser.ipynb #8bdfb7d0
-def visitor() -> tuple[bool, str | None]:
-    "Whether this runs behind a web page that Voilà serves, and the `user=` in its address."
-    served = os.environ.get("SERVER_SOFTWARE", "").startswith("voila/")
-    return served, parse_qs(os.environ.get("QUERY_STRING", "")).get("user", [None])[0] if served else None
-
-# %% ../../notebooks/library/labelling/01_browser.ipynb #4dafd145
-SCRIPT = """
-const KEYS = new Set([..."123456789?", "Enter", "Backspace", "ArrowLeft", "ArrowRight"]);
-const CHUNK = 1 << 20, DOUBLE = 400, PATIENCE = 4000;
-
-async function begin({ model, el }, root, signal) {
-  let waiting = 0, painted = 0, alarm, acknowledged = () => {};
-  const listen = (where, event, f, capture = false) => where.addEventListener(event, f, { signal, capture });
-  const unlock = async () => {
-    const token = model.get("token"), photo = root.querySelector("img.photo");
-    if (photo?.offsetParent) await photo.decode().catch(() => {});
-    if (token !== model.get("token")) return;
-    clearTimeout(alarm);
-    el.textContent = "";
-    painted = performance.now();
-    root.dataset.token = waiting = token;
-  };
-  const press = (what, text = "") => {
-    if (waiting !== model.get("token") || !waiting) return;
-    model.send({ press: what, text, token: waiting });
-    waiting = 0;
-    if (what !== "name") alarm = setTimeout(() => { el.textContent = model.get("silence"); }, PATIENCE);
-  };
-
-  const focus = () => root.focus({ preventScroll: true });
-  root.tabIndex = 0;
-  root.dataset.lmSuppressShortcuts = true;                     // else JupyterLab takes 1 for "make this a heading"
-  const onKey = (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const field = event.target.closest("input, select, textarea");
-    if (field) {
-      const what = field.closest("[class*=enter-]");
-      if (event.key === "Enter" && what) press(named(what, "enter-"), field.value);
-      else if (event.key !== "Escape") return;
-      focus();
-    } else if (event.key === "/") (root.querySelector(".filter input:not([disabled])") ?? root.querySelector(".new-class input"))?.focus();
-    else if (!KEYS.has(event.key)) return;
-    else if (!event.repeat) press(event.key);                  // a key that is held down is one press
-    event.preventDefault();
-    event.stopPropagation();
-  };
-  const named = (node, prefix) => [...node.classList].find((c) => c.startsWith(prefix)).slice(prefix.length);
-  listen(root, "keydown", onKey, true);                        // before the text field, which lets nothing through
-  listen(document, "keydown", (event) => { if (event.target === document.body && document.querySelector(".labeller") === root) onKey(event); });
-  listen(root, "click", (event) => {
-    const button = event.target.closest("[class*=press-]");
-    if (!button || !root.contains(button)) return;
-    event.stopPropagation();
-    event.preventDefault();
-    const what = named(button, "press-");
-    if (what === "photos") return chooser.click();
-    if (!(event.detail > 1 && performance.now() - painted < DOUBLE)) press(what, root.querySelector(`.enter-${what} input`)?.value);
-    focus();
-  }, true);
-
-  const chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept: "image/*", hidden: true });
-  el.after(chooser);
-  const upload = async (files) => {
-    for (const [n, file] of [...files].entries())
-      for (let start = 0, on = true; on && start < Math.max(file.size, 1); start += CHUNK) {
-        const bytes = await file.slice(start, start + CHUNK).arrayBuffer();
-        on = await new Promise((resolve) => {
-          acknowledged = resolve;
-          model.send({ file: file.name, size: file.size, start, n: n + 1, of: files.length }, undefined, [new DataView(bytes)]);
-        });
-      }
-  };
-  let uploads = Promise.resolve();
-  const queue = (files) => { uploads = uploads.then(() => upload(files)); };
-  listen(chooser, "change", () => { queue([...chooser.files]); chooser.value = ""; });
-  listen(root, "dragover", (event) => { event.preventDefault(); root.classList.add("over"); });
-  listen(root, "dragleave", () => root.classList.remove("over"));
-  listen(root, "drop", (event) => {
-    event.preventDefault();
-    event.stopPropagation();
-    root.classList.remove("over");
-    queue([...event.dataTransfer.files]);
-  });
-
-  const onMessage = (message) => acknowledged(message.more);
-  model.on("change:token", unlock);
-  model.on("msg:custom", onMessage);
-  signal.addEventListener("abort", () => { model.off("change:token", unlock); model.off("msg:custom", onMessage); chooser.remove(); });
-  const at = document.activeElement;
-  if (!at || at === document.body || !at.closest("input, textarea, select, .cm-content")) focus();
-  model.send({ press: "hello", token: model.get("token") });
-  unlock();
-}
-
-export default { render(view) {
-  const over = new AbortController();
-  const wait = () => {
-    if (over.signal.aborted) return;
-    const root = view.el.closest(".labeller");
-    if (root) begin(view, root, over.signal); else setTimeout(wait, 10);
-  };
-  wait();
-  return () => over.abort();
-} };
-"""
-
 # %% ../../notebooks/library/labelling/01_browser.ipynb #2edf4f40
-STYLE = """
-body[data-voila] h1 { font-size: 22px; margin: 0 } body[data-voila] h1 + blockquote { margin: 4px 0 0; padding: 0; border: 0; color: #667085 }
-.labeller { container-type: inline-size; --line: #d8dce3; --quiet: #667085; --ink: #1d2433; --blue: #175cd3; --tint: #dbe8fd; --bad: #b42318; --good: #067647;
-  max-width: 1240px; margin: 0 auto; padding: 12px 14px; box-sizing: border-box; background: #fff; color: var(--ink); outline: none;
-  border: 1px solid var(--line); border-radius: 10px; font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow: hidden }
-.labeller:focus-within { border-color: #84adff; box-shadow: 0 0 0 3px #eff4ff }
-.labeller.over { border: 1px dashed var(--blue); background: #f5f9ff }
-.labeller .words { color: var(--quiet); min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.labeller .jupyter-button { height: auto; min-height: 34px; line-height: 1.3; margin: 0; padding: 5px 12px; box-sizing: border-box; border: 1px solid var(--line);
-  border-radius: 7px; background: #fff; color: var(--ink); font: inherit; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; box-shadow: none }
-.labeller .jupyter-button:hover:enabled { border-color: var(--blue) } .labeller .jupyter-button:disabled { opacity: .45 }
-.labeller input, .labeller select { font: inherit !important; min-height: 34px; border-radius: 7px !important; border: 1px solid var(--line) !important; color: var(--ink) !important; background-color: #fff !important }
-.labeller .widget-text, .labeller .widget-dropdown { margin: 0; height: 34px; width: auto; min-width: 0 }
-.labeller .bar { display: flex; flex-flow: row wrap; gap: 8px; align-items: center; overflow: visible; min-height: 34px }
-.labeller .grow { flex: 1 1 auto } .labeller .counter { font-variant-numeric: tabular-nums; margin-left: auto; color: var(--ink) }
-.labeller .body { display: flex; flex-flow: row wrap; gap: 16px; margin: 12px 0; overflow: visible; align-items: stretch }
-.labeller .stage { flex: 1 1 340px; min-width: 0; overflow: visible } .labeller .panel { flex: 1.2 1 380px; min-width: 0; overflow: visible; gap: 10px }
-.labeller .wide .stage { flex: 1 1 300px } .labeller .wide .panel { flex: 3 1 600px }
-.labeller img { margin: 0; max-width: none; overflow: clip }
-.labeller img.photo { width: 100%; height: clamp(220px, 54vh, 460px); object-fit: contain; background: #f2f4f7; border-radius: 8px }
-.labeller .caption { text-align: center; margin-top: 6px; height: 20px }
-.labeller .targets { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 12px; overflow: visible }
-.labeller .target { gap: 5px; min-width: 0; overflow: visible; border-radius: 8px } .labeller .target > .words { font-weight: 600; color: var(--ink); padding: 0 2px; border-bottom: 2px solid transparent }
-.labeller .targets.several .target.active > .words { border-color: var(--blue); color: var(--blue) }
-.labeller .option { display: flex; align-items: stretch; gap: 8px; min-width: 0; overflow: visible; flex: none }
-.labeller .option img { order: -1; width: 173px; height: 56px; object-fit: cover; border-radius: 6px; background: #fff; flex: none }
-.labeller .few .option img { width: 260px; height: 84px }
-.labeller .choice { position: relative; flex: 1 1 0; width: auto; min-width: 0; min-height: 56px; padding-right: 54px; text-align: left; font-size: 16px; white-space: pre;
-  background: linear-gradient(90deg, var(--tint) var(--p, 0%), #fff var(--p, 0%)) }
-.labeller .choice::after { content: attr(title); position: absolute; right: 12px; top: 50%; transform: translateY(-50%); color: var(--quiet); font-size: 13px; font-variant-numeric: tabular-nums }
-.labeller .choice.numbered::first-letter { color: var(--quiet); font-size: 80% }
-.labeller .choice.chosen { border-color: var(--blue); box-shadow: inset 0 0 0 1px var(--blue) }
-.labeller .bare .choice { min-height: 31px; font-size: 14px; padding-top: 3px; padding-bottom: 3px }
-.labeller .targets.several .option { flex-flow: column; gap: 3px } .labeller .targets.several .option img { order: 1; width: 100%; height: 42px }
-.labeller .targets.several .choice { flex: none; width: 100%; min-height: 34px; font-size: 14px; padding: 4px 44px 4px 8px } .labeller .targets.several .choice::after { right: 8px; font-size: 12px }
-.labeller .actions .jupyter-button { flex: 1 1 110px; min-height: 44px } .labeller .actions .main { flex-grow: 2 } .labeller .jupyter-button.main { background: var(--blue); border-color: var(--blue); color: #fff; font-weight: 600 }
-.labeller .status { flex: 1 1 260px } .labeller .status.bad { color: var(--bad); white-space: normal; overflow-wrap: anywhere } .labeller .silence { color: var(--bad); flex: none }
-.labeller .hint { visibility: visible; color: var(--blue) } .labeller:focus-within .hint { visibility: hidden }
-.labeller .empty { align-items: center; justify-content: center; height: clamp(220px, 54vh, 460px); margin: 12px 0; gap: 10px; background: #f8f9fb; border-radius: 8px } .labeller .large { font-size: 20px; color: var(--ink) }
-.labeller .foot { border-top: 1px solid var(--line); padding-top: 10px }
-.labeller .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 10px; overflow: visible; margin: 12px 0; align-content: start }
-.labeller .tile { position: relative; overflow: hidden; border-radius: 8px; height: 140px } .labeller .tile img { width: 100%; height: 140px; object-fit: cover; background: #f2f4f7 }
-.labeller .tile .jupyter-button { position: absolute; inset: 0; width: 100%; height: 100%; padding: 0 8px 6px; display: flex; align-items: flex-end; color: #fff; border: 3px solid transparent;
-  background: linear-gradient(transparent 60%, rgba(16, 24, 40, .78)); text-shadow: 0 1px 2px #101828; border-radius: 8px; background-origin: border-box; white-space: pre }
-.labeller .tiles.several { grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)) } .labeller .tiles.several .tile, .labeller .tiles.several .tile img { height: 220px }
-.labeller .tiles.several .jupyter-button { background-image: linear-gradient(transparent 30%, rgba(16, 24, 40, .85)); font-size: 13px; text-align: left }
-.labeller .tile.struck .jupyter-button { border-color: var(--bad); background: linear-gradient(rgba(255, 255, 255, .55) 60%, rgba(180, 35, 24, .85)) border-box }
-@container (max-width: 730px) { .labeller img.photo { height: 34vh } }
-@container (max-width: 930px) { .labeller .wide img.photo { height: 34vh } }
-""" + "\n".join(f".labeller .p-{n} {{ --p: {n}% }}" for n in range(101))
+BARS = "\n".join(f".labeller .p-{n} {{ --p: {n}% }}" for n in range(101))
 
 # %% ../../notebooks/library/labelling/01_browser.ipynb #224c44a8
 class Keyboard(anywidget.AnyWidget):
-    """Hears keys, clicks and dropped files within the element of class `labeller` that it is in.
-
-    `on_press(what, text)` is called for a press that answers the question on screen, `on_file(name, data, n, of)` for the n-th of so
-    many photos, with None for one above `max_upload_mb`. Both must not raise. After a press, `next()` lets the next one in."""
+    "Hears keys, clicks and dropped files within the element of class `labeller` it is in; no callback may raise."
     token = Int(0).tag(sync=True)
-    silence = Unicode("Not saved yet: the kernel does not answer. If it has stopped, run the notebook (or load the page) again.").tag(sync=True)
-    _esm, _css = SCRIPT, STYLE
+    silence = Unicode("Not saved yet: the kernel does not answer. "
+                      "If it has stopped, run the notebook (or load the page) again.").tag(sync=True)
+    _esm, _css = HERE / "static/labeller.js", (HERE / "static/labeller.css").read_text("utf-8") + BARS
 
-    def __init__(self, on_press: Callable[[str, str], None], on_file: Callable[[str, bytes | None, int, int], None], max_upload_mb: float):
+    def __init__(
+        self,
+        on_press: Callable[[str, str], None],      # called with what was pressed and the text of its field
+        on_file: Callable[[str, bytes | None, int, int], None],   # with name, data (None: too large), n-th of so many
+        max_upload_mb: float,                      # MB; a larger photo is refused
+    ):
         super().__init__()
         self.on_press, self.on_file, self.max_bytes, self._file = on_press, on_file, max_upload_mb * 1e6, bytearray()
         self.add_class("silence")
@@ -209,14 +54,21 @@ class Keyboard(anywidget.AnyWidget):
         "The screen has changed: what was pressed before belongs to the past."
         self.token += 1
 
-    def _receive(self, _, message: dict, buffers: list) -> None:
-        if "press" in message:
-            if message["press"] == "hello" or message.get("token") == self.token: self.on_press(str(message["press"]), str(message.get("text") or ""))
-        elif "file" in message: self._piece(message, bytes(buffers[0]) if buffers else b"")
+# %% ../../notebooks/library/labelling/01_browser.ipynb #70ba51d4
+@patch
+def _receive(self: Keyboard, _, message: dict, buffers: list) -> None:
+    if "press" in message:
+        if message["press"] != "hello" and message.get("token") != self.token: return
+        self.on_press(str(message["press"]), str(message.get("text") or ""))
+    elif "file" in message: self._piece(message, bytes(buffers[0]) if buffers else b"")
 
-    def _piece(self, message: dict, piece: bytes) -> None:
-        if not message["start"]: self._file.clear()
-        self._file += piece
-        ended, fits = len(self._file) >= message["size"], max(message["size"], len(self._file)) <= self.max_bytes
-        if ended or not fits: self.on_file(str(message["file"]), bytes(self._file) if fits else None, message["n"], message["of"])
-        self.send({"more": fits})
+# %% ../../notebooks/library/labelling/01_browser.ipynb #5dc3f713
+@patch
+def _piece(self: Keyboard, message: dict, piece: bytes) -> None:
+    if not message["start"]: self._file.clear()
+    self._file += piece
+    ended = len(self._file) >= message["size"]
+    fits = max(message["size"], len(self._file)) <= self.max_bytes
+    if ended or not fits:
+        self.on_file(str(message["file"]), bytes(self._file) if fits else None, message["n"], message["of"])
+    self.send({"more": fits})

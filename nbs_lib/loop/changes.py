@@ -19,19 +19,21 @@ from ..core.settings import Settings, use_recipe
 from .steps import Step
 from ..runs import records
 from ..runs.records import Run
+from ..tracking.tracker import Tracker, open_tracker
 from ..tracking.versions import dataset_of, model_of
 
 # %% auto #0
-__all__ = ['code_cells', 'import_closure', 'code_digest', 'present', 'fingerprint', 'done_before', 'look', 'news']
+__all__ = ['code_cells', 'import_closure', 'code_digest', 'current_inputs', 'fingerprint', 'done_before', 'current_and_known',
+           'what_is_new']
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #e5778b0e
 def _named(code: str, module: str, folder: Path) -> Iterator[Path]:
     "What `code` of the module (dotted) in `folder` imports or names: files of `nbs_lib`, and files beside it."
-    package, names = module.rpartition(".")[0] or module, set()
+    package, names = module.rpartition(".")[0] or module, set[str]()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import): names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= set(re.findall(r"\bnbs_lib(?:\.\w+)+", node.value))
@@ -70,21 +72,28 @@ def code_digest(notebook: Path) -> str:
     digest = hashlib.sha256()
     for code in code_cells(notebook): digest.update(code.encode() + b"\0")
     for file in sorted(import_closure(notebook)):
-        digest.update(file.relative_to(repository()).as_posix().encode() if file.is_relative_to(repository()) else file.name.encode())
+        ours = file.is_relative_to(repository())
+        digest.update((file.relative_to(repository()).as_posix() if ours else file.name).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #b938b4f8
-def present(of: Iterable[str], recipe: str, settings: Settings, source: str | None = None, tracker=None) -> dict[str, str | int | None]:
-    """What there is now `of` a recipe: `feedback`, the number of the last word; `dataset`, the newest version; `source`, the signature of
-    `source` or of what the recipe names, None where only reading can tell."""
+def current_inputs(
+    of: Iterable[str],                # of feedback, dataset, source
+    recipe: str,
+    settings: Settings,
+    source: str | None = None,        # what the recipe names where not given
+    tracker: Tracker | None = None,   # opened where it is wanted and not given
+# number of the last word, reference of the newest version, signature of the source
+) -> dict[str, str | int | None]:
+    "What there is now of a recipe; None where there is nothing, of a source also where only reading can tell."
     found: dict[str, str | int | None] = {}
     if "feedback" in of:
         from nbs_lib.feedback.database import last_word
         found["feedback"] = last_word(recipe, settings)
     if "dataset" in of:
-        version = tracker.resolve(dataset_of(recipe))
-        found["dataset"] = version and version.ref
+        version = (tracker or open_tracker(settings)).resolve(dataset_of(recipe))
+        found["dataset"] = version.ref if version else None
     if "source" in of:
         from nbs_lib.data.sources import source_signature
         how = use_recipe(settings, recipe)[1]
@@ -92,47 +101,77 @@ def present(of: Iterable[str], recipe: str, settings: Settings, source: str | No
     return found
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #49d8e743
-def fingerprint(step: Step, notebook: Path, parameters: dict, settings: Settings, tracker) -> str | None:
-    "SHA-256 of all that the step's result depends on; None where that cannot be known."
-    name, recipe = use_recipe(settings, parameters["recipe"])
-    facts = {"code": code_digest(notebook), "parameters": parameters, "recipe": {k: getattr(recipe, k) for k in step.keys},
-             "settings": [getattr(settings, s).model_dump() for s in ("project", "tracking", *step.sections)]}
+def _artifacts(step: Step, notebook: Path, recipe: str, tracker: Tracker) -> dict[str, str] | None:
+    """Reference -> digest of the artifacts that the step reads; None where one is missing. What it has made itself is
+    no news to it."""
     before = records.recent(1000, known_as=records.known_as(notebook))
     made = {ref: run.inputs[0] for run in before for ref in run.outputs if run.inputs and run.inputs[0] != ref}
+    found = {}
     for ref in step.inputs:
-        version = tracker.resolve(ref.format(recipe=name))
-        while version and version.ref in made: version = tracker.resolve(made[version.ref])   # its own work is no news to it
+        version = tracker.resolve(ref.format(recipe=recipe))
+        while version and version.ref in made: version = tracker.resolve(made[version.ref])
         if version is None: return None
-        facts[version.ref] = version.digest
+        found[version.ref] = version.digest
+    return found
+
+def fingerprint(
+    step: Step,
+    notebook: Path,    # its own, or the one that stands for it
+    parameters: dict,  # of the notebook; `recipe` is one of them
+    settings: Settings,
+    tracker: Tracker,
+) -> str | None:
+    "SHA-256 of all that the step's result depends on; None where that cannot be known."
+    name, recipe = use_recipe(settings, parameters["recipe"])
+    facts: dict = {"code": code_digest(notebook), "parameters": parameters,
+                   "recipe": {k: getattr(recipe, k) for k in step.keys},
+                   "settings": [getattr(settings, s).model_dump() for s in ("project", "tracking", *step.sections)]}
+    if (artifacts := _artifacts(step, notebook, name, tracker)) is None: return None
     of = [what for what, wanted in (("feedback", step.reads_feedback), ("source", step.reads_source)) if wanted]
-    facts |= (now := present(of, name, settings, parameters.get("source")))
+    now = current_inputs(of, name, settings, parameters.get("source"), tracker)
+    facts |= artifacts | now
     if step.reads_source and now["source"] is None: return None
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #70adf197
-def done_before(notebook: Path, parameters: dict, mark: str | None, tracker) -> Run | None:
+def done_before(
+    notebook: Path,
+    parameters: dict,
+    mark: str | None,  # the fingerprint that the step has now
+    tracker: Tracker,
+) -> Run | None:
     "The step's last success, if it had this fingerprint and what it made is still there."
     last = records.last_success(notebook, recipe=parameters["recipe"])
-    if mark and last and last.fingerprint == mark and all(tracker.resolve(ref) for ref in last.outputs): return last
+    return last if mark and last and last.fingerprint == mark and all(tracker.resolve(ref)
+                                                                      for ref in last.outputs) else None
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #edff5c0a
-def look(on: Iterable[str], settings: Settings, recipe: str | None = None, source: str | None = None) -> tuple[dict, dict]:
-    """What is `present` of the recipe, and what is known of it: the dataset that production was trained on, the signature of what the dataset
-    was read from."""
-    from nbs_lib.tracking.tracker import open_tracker
+def current_and_known(
+    on: Iterable[str],            # of feedback, dataset, source
+    settings: Settings,
+    recipe: str | None = None,
+    source: str | None = None,    # as the job's parameters name it
+) -> tuple[dict, dict]:           # both by the words of `on`
+    """The recipe's `current_inputs`, and what is known of them: the dataset that production was trained on, the
+    signature of what was read."""
     name, how = use_recipe(settings, recipe)
-    known, tracker = {}, open_tracker(settings) if {"dataset", "source"} & set(on) else None
-    if "dataset" in on:
+    known: dict = {}
+    tracker = open_tracker(settings) if {"dataset", "source"} & set(on) else None
+    if tracker and "dataset" in on:
         production = tracker.resolve(f"{model_of(name)}:production")
         known["dataset"] = production and production.metadata.get("dataset")
-    if "source" in on:
+    if tracker and "source" in on:
         from nbs_lib.data.versions import choose_source, newest
         parent = newest(tracker, name)
         source, known["source"] = choose_source(source, how, parent), parent and parent.card["signature"]
-    return present(on, name, settings, source, tracker), known
+    return current_inputs(on, name, settings, source, tracker), known
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #14b42f1d
-def news(mark: dict, known: dict, before: dict) -> list[str]:
+def what_is_new(
+    mark: dict,    # what there is now, as `current_inputs`
+    known: dict,   # what need not be told
+    before: dict,  # the mark of the last success
+) -> list[str]:
     "What of `mark` is neither `known` nor the same as `before`, in words."
     def is_new(what): return mark.get(what) and mark[what] not in (known.get(what), before.get(what))
     found = []

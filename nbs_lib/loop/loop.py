@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..core.settings import load_settings, use_recipe
+from ..core.settings import Settings, load_settings, use_recipe
 from .changes import done_before, fingerprint
 from .steps import STEPS
 from ..runs import records
@@ -21,13 +21,16 @@ from ..runs.writer import writer
 # %% auto #0
 __all__ = ['PRELOADED', 'Loop', 'run_loop']
 
-# %% ../../notebooks/library/loop/02_loop.ipynb #5055cab0
-PRELOADED = (("nbs_lib.data.versions", "nbs_lib.data.sources", "nbs_lib.data.views"),       # what steps need before torch, and after it
-             ("nbs_lib.models.finetune", "nbs_lib.models.head", "nbs_lib.evaluation.measure", "nbs_lib.evaluation.figures"))
+# %% ../../notebooks/library/loop/02_loop.ipynb #40101d90
+# what steps need before torch, and after it
+PRELOADED = (("nbs_lib.data.versions", "nbs_lib.data.sources", "nbs_lib.data.views"),
+             ("nbs_lib.models.finetune", "nbs_lib.models.head", "nbs_lib.evaluation.measure",
+              "nbs_lib.evaluation.figures"))
 
 @dataclass(frozen=True)
 class Loop:
-    "What a loop did: its steps' records; one that had nothing to do is the record of its last success, with status `skipped`."
+    """What a loop did: its steps' records; one that had nothing to do is the record of its last success, with status
+    `skipped`."""
     group: str
     recipe: str
     steps: list[Run]
@@ -37,28 +40,46 @@ class Loop:
         "completed, or the status of the step that ended it."
         return next((r.status for r in self.steps if r.status not in ("completed", "skipped")), "completed")
 
-def run_loop(recipe: str | None = None, source: str | None = None, force: bool = False, timeout: float | None = None, trigger: str = "cli",
-             on_step: Callable[[str, Run | None], None] | None = None, on_cell: Callable[[int, int], None] | None = None) -> Loop:
-    """Run the steps of `recipe` whose fingerprint has changed, or all of them with `force`, for at most `timeout` seconds; returns what was done.
+# %% ../../notebooks/library/loop/02_loop.ipynb #5055cab0
+def _with_source(settings: Settings, recipe: str, source: str | None) -> Settings:
+    "The settings, with `source` in place of what the recipe names."
+    if source is None: return settings
+    changed = settings.recipes[recipe].model_copy(update={"source": source})
+    return settings.model_copy(update={"recipes": settings.recipes | {recipe: changed}})
 
-    `on_step(name, None)` is called before a step, `on_step(name, record)` after it; raises `UserError`, also where somebody else is writing."""
+def run_loop(
+    recipe: str | None = None,         # the one under [project] where not given
+    source: str | None = None,         # read this instead of what the recipe names
+    force: bool = False,               # all steps, changed or not
+    timeout: float | None = None,      # seconds for all steps together
+    trigger: str = "cli",              # who or what started it, for the records
+    # called with a step's name before it, and with its record after it
+    on_step: Callable[[str, Run | None], None] | None = None,
+    on_cell: Callable[[int, int], None] | None = None,          # called with number and count before each code cell
+) -> Loop:
+    """Run the steps of the recipe whose fingerprint has changed; raises `UserError`, also where somebody else is
+    writing."""
+    from nbs_lib.feedback.database import has_feedback
+    from nbs_lib.tracking.tracker import open_tracker
     settings, began = load_settings(), time.monotonic()
     name, _ = use_recipe(settings, recipe)
-    if source is not None: settings = settings.model_copy(update={"recipes": settings.recipes | {name: settings.recipes[name].model_copy(update={"source": source})}})
-    group, steps = records.new_id("loop"), []
-    with writer(f"{group} of {name}", wait=False), warm_kernels(*PRELOADED):
-        from nbs_lib.feedback.database import has_feedback
-        from nbs_lib.tracking.tracker import open_tracker
+    settings, tell = _with_source(settings, name, source), on_step or (lambda step, run: None)
+    loop = Loop(records.new_id("loop"), name, [])
+    with writer(f"{loop.group} of {name}", wait=False), warm_kernels(*PRELOADED):
         tracker = open_tracker(settings)
         for step in STEPS:
             if step.reads_feedback and not has_feedback(settings, name): continue
-            notebook, parameters = find_notebook(step.notebook), {"recipe": name} | ({"source": source} if step.reads_source and source else {})
-            if on_step: on_step(records.step_name(notebook), None)
+            notebook, parameters = find_notebook(step.notebook), {"recipe": name}
+            if step.reads_source and source: parameters["source"] = source
+            tell(records.step_name(notebook), None)
             mark = fingerprint(step, notebook, parameters, settings, tracker)
             left = timeout and max(began + timeout - time.monotonic(), 0.1)
-            if not force and (last := done_before(notebook, parameters, mark, tracker)): run = replace(last, status="skipped")
-            else: run = run_notebook(notebook, parameters, timeout=left, trigger=trigger, group=group, fingerprint=mark, on_cell=on_cell)
-            steps.append(run)
-            if on_step: on_step(run.step, run)
-            if run.status not in ("completed", "skipped"): break
-    return Loop(group, name, steps)
+            if not force and (last := done_before(notebook, parameters, mark, tracker)):
+                run = replace(last, status="skipped")
+            else:
+                run = run_notebook(notebook, parameters, timeout=left, trigger=trigger, group=loop.group,
+                                   fingerprint=mark, on_cell=on_cell)
+            loop.steps.append(run)
+            tell(run.step, run)
+            if loop.status != "completed": break
+    return loop

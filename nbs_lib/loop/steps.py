@@ -20,7 +20,8 @@ SOURCE = tuple(sorted(set(Recipe.model_fields) - set(Train.model_fields)))   # a
 
 @dataclass(frozen=True)
 class Step:
-    "One notebook of the loop: the artifacts it reads, the recipe's keys and the sections of `settings.ini` that matter."
+    """One notebook of the loop: the artifacts it reads, the recipe's keys and the sections of `settings.ini` that
+    matter."""
     notebook: str | Path
     inputs: tuple[str, ...] = ()   # references, in which `{recipe}` stands for the recipe's name
     keys: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import home
 from ..core.settings import Settings, load_settings
-from ..loop.changes import look, news
+from ..loop.changes import current_and_known, what_is_new
 from ..runs import records
 from ..runs.results import Judged
 from ..runs.writer import Busy, writer
@@ -29,10 +29,10 @@ from .slots import Slot
 from ..tracking.versions import dataset_of
 
 # %% auto #0
-__all__ = ['CODE', 'Outcome', 'result_of', 'attempt', 'tell', 'announced', 'start', 'run_slot', 'last_words', 'bury',
-           'mark_killed', 'recover']
+__all__ = ['CODE', 'Outcome', 'result_of', 'attempt', 'tell', 'send_in_background', 'start', 'run_slot', 'last_line_printed',
+           'end_dead_attempt', 'mark_killed', 'recover']
 
-# %% ../../notebooks/library/schedule/02_attempts.ipynb #ab2fa464
+# %% ../../notebooks/library/schedule/02_attempts.ipynb #fbe15965
 @dataclass(frozen=True)
 class Outcome:
     "How an attempt ended: the status of a slot, why, what came of it, and the mark to remember."
@@ -46,39 +46,53 @@ def result_of(run: records.Run) -> str | None:
     judged = Judged.read(run.summary)
     return str(judged) if judged else ", ".join(run.outputs) or None
 
-def attempt(job: Job, trigger: str, told: Callable[[str | None], None] | None = None, before: dict | None = None, **on: Callable) -> Outcome:
-    """Do what the job says, once; `before` is the mark of its last success; raises `UserError`.
-
-    `told(reason)` is called where it has to wait, `told(None)` when it begins; `on_step` and `on_cell` as in `run_loop`."""
+# %% ../../notebooks/library/schedule/02_attempts.ipynb #da338007
+def attempt(
+    job: Job,
+    trigger: str,                                              # who or what started it, for the records
+    # called with the reason where it has to wait, with None when it begins
+    on_wait: Callable[[str | None], None] | None = None,
+    before: dict | None = None,                                # the mark of the job's last success
+    on_step: Callable[[str, records.Run | None], None] | None = None,  # as in `run_loop`
+    on_cell: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    "Do what the job says, once; raises `UserError`."
     settings, mark = load_settings(), None
     if job.on and not job.parameters.get("force"):
-        mark, known = look(job.on, settings, job.parameters.get("recipe"), job.parameters.get("source"))
-        if not news(mark, known if job.loop else known | {"dataset": None}, before or {}): return Outcome("skipped", "nothing new")
+        mark, known = current_and_known(job.on, settings, job.parameters.get("recipe"), job.parameters.get("source"))
+        if not what_is_new(mark, known if job.loop else known | {"dataset": None}, before or {}):
+            return Outcome("skipped", "nothing new")
     try:
-        with writer(trigger, settings.schedule.busy == "wait", told) if job.writes else nullcontext():
-            if told: told(None)
-            return _run_loop(job, trigger, mark, **on) if job.loop else _run_notebook(job, settings, trigger, mark)
+        with writer(trigger, settings.schedule.busy == "wait", on_wait) if job.writes else nullcontext():
+            if on_wait: on_wait(None)
+            if job.notebook: return _attempt_notebook(job, locate(job.notebook, settings), trigger, mark)
+            return _attempt_loop(job, trigger, mark, on_step, on_cell)
     except Busy as error: return Outcome("skipped", str(error))
 
-def _run_notebook(job: Job, settings: Settings, trigger: str, mark: dict | None) -> Outcome:
+# %% ../../notebooks/library/schedule/02_attempts.ipynb #ab2fa464
+def _attempt_notebook(job: Job, notebook: Path, trigger: str, mark: dict | None) -> Outcome:
     from nbs_lib.runs.execute import run_notebook
-    run = run_notebook(locate(job.notebook, settings), job.parameters, job.kernel, job.timeout, trigger)
+    run = run_notebook(notebook, job.parameters, job.kernel, job.timeout, trigger)
     return Outcome(run.status, run.error, result_of(run), mark)
 
-def _run_loop(job: Job, trigger: str, mark: dict | None, **on: Callable) -> Outcome:
+def _attempt_loop(job: Job, trigger: str, mark: dict | None, on_step, on_cell) -> Outcome:
     from nbs_lib.loop.loop import run_loop
-    loop = run_loop(**job.parameters, timeout=job.timeout, trigger=trigger, **on)
+    loop = run_loop(**job.parameters, timeout=job.timeout, trigger=trigger, on_step=on_step, on_cell=on_cell)
     last = loop.steps[-1]
     if loop.status != "completed":
         late = job.timeout and "timed out" in (last.error or "")       # a step knows only what was left of the time
-        return Outcome(loop.status, f"{last.step}: {f'timed out after {length(job.timeout)}' if late else last.error}")
+        return Outcome(loop.status,
+                       f"{last.step}: "
+                       f"{f'timed out after {length(job.timeout)}' if late and job.timeout else last.error}")
     trained_on = [ref for step in loop.steps for ref in step.inputs if ref.startswith(f"{dataset_of(loop.recipe)}:")]
-    if mark and "dataset" in mark and trained_on: mark = mark | {"dataset": trained_on[-1]}    # with what the loop itself has merged
+    # with what the loop itself has merged
+    if mark and "dataset" in mark and trained_on: mark = mark | {"dataset": trained_on[-1]}
     return Outcome("completed", None, result_of(last), mark)
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #fd18edcc
 def tell(slot: Slot, settings: Settings) -> None:
-    "Send what is to be said of a slot that has ended, as its job and `[notify]` want it; takes at most `[notify] timeout` a message."
+    """Send what is to be said of a slot that has ended, as its job and `[notify]` want it; takes at most `[notify]
+    timeout` a message."""
     from nbs_lib.runs.messages import notify
     from nbs_lib.runs.messages import messages
     job = slot.defined
@@ -87,13 +101,16 @@ def tell(slot: Slot, settings: Settings) -> None:
     told = [m for run in reversed(made) for m in messages(run) if m["event"] != "failure"]
     if slot.status == "failed":
         about = next((m for m in messages(made[0]) if m["event"] == "failure"), {}) if made else {}
-        told.append({"event": "failure", "title": f"job {job.name} failed", "text": slot.reason or ""} | {k: about[k] for k in ("text", "run", "log") if k in about})
+        told.append({"event": "failure", "title": f"job {job.name} failed", "text": slot.reason or ""}
+                    | {k: about[k] for k in ("text", "run", "log") if k in about})
         if (state := slots.states().get(job.name)) and state.paused:
-            told.append({"event": "paused", "title": f"job {job.name} is paused", "text": f"It {state.paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
-    if slot.status == "completed" and job.notify == "always" and not told: told.append({"event": "completed", "title": f"job {job.name} is done", "text": slot.result or ""})
+            told.append({"event": "paused", "title": f"job {job.name} is paused",
+                         "text": f"It {state.paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
+    if slot.status == "completed" and job.notify == "always" and not told:
+        told.append({"event": "completed", "title": f"job {job.name} is done", "text": slot.result or ""})
     for message in told: notify(settings=settings, **message)
 
-def announced(slot: Slot | None) -> Slot | None:
+def send_in_background(slot: Slot | None) -> Slot | None:
     "The slot; what is to be said of it is on its way, in a thread of its own."
     if slot: threading.Thread(target=tell, args=(slot, load_settings()), name="message").start()
     return slot
@@ -102,45 +119,54 @@ def announced(slot: Slot | None) -> Slot | None:
 CODE = "import sys; from nbs_lib.schedule.attempts import run_slot; run_slot(*sys.argv[1:])"
 
 def start(slot: Slot) -> subprocess.Popen:
-    "Run a slot that has been claimed in a process of its own; what it says beyond its notebook is in `outputs/.schedule/JOB.log`."
+    """Run a slot that has been claimed in a process of its own; what it says beyond its notebook is in
+    `outputs/.schedule/JOB.log`."""
     lock = slots.lock_of(slot.job)
+    env = os.environ | {"LOOPBOOK_HOME": str(home()), "LOOPBOOK_TOKEN": slot.claimed_token}
     with open(Path(lock.lock_file).with_suffix(".log"), "wb") as log:
-        return subprocess.Popen([sys.executable, "-P", "-c", CODE, slot.job, slot.token], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                cwd=home(), start_new_session=True, env=os.environ | {"LOOPBOOK_HOME": str(home()), "LOOPBOOK_TOKEN": slot.token})
+        return subprocess.Popen([sys.executable, "-P", "-c", CODE, slot.job, slot.claimed_token],
+                                stdin=subprocess.DEVNULL,
+                                stdout=log, stderr=log, cwd=home(), start_new_session=True, env=env)
 
 def run_slot(job: str, token: str) -> None:
     "Run the slot that `token` is for, in this process, and write down how it ended."
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with slots.lock_of(job).acquire(timeout=slots.LEASE):
         if not (slot := slots.take(token)): return
-        def told(reason): slots.note(slot, reason and f"waits: {reason}")
-        try: outcome = attempt(slot.defined, slot.trigger, told, slots.recall(slot.defined))
+        def on_wait(reason): slots.note(slot, reason and f"waits: {reason}")
+        try: outcome = attempt(slot.defined, slot.trigger, on_wait, slots.recall(slot.defined))
         except KeyboardInterrupt: outcome = Outcome("cancelled", "cancelled")
         except UserError as error: outcome = Outcome("failed", str(error))
-        except Exception as error: outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
-        ended = slots.finish(token, **vars(outcome))
-    if ended: tell(ended, load_settings())                 # the job's lock is free while a slow mail server is waited for
+        except Exception as error:
+            outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+        ended = slots.end_attempt(token, **vars(outcome))
+    # the job's lock is free while a slow mail server is waited for
+    if ended: tell(ended, load_settings())
 
-def last_words(slot: Slot) -> str:
+def last_line_printed(slot: Slot) -> str:
     "The last line that the process of a job has printed."
     file = Path(slots.lock_of(slot.job).lock_file).with_suffix(".log")
-    return (file.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1] if file.exists() else "it said nothing"
+    lines = file.read_text(errors="replace").strip().splitlines() if file.exists() else []
+    return lines[-1] if lines else "it said nothing"
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #0331f3a2
-def bury(slot: Slot) -> Slot | None:
+def end_dead_attempt(slot: Slot) -> Slot | None:
     "End a slot whose process has died; returns the row as it is then, or None where it lives."
     from filelock import Timeout
 
     from nbs_lib.runs.kernels import kill_processes
     try:
         with slots.lock_of(slot.job).acquire(timeout=0):
-            if not any(s.token == slot.token for s in slots.history(1, job=slot.job, slot=slot.slot, status="running")): return None
-            kill_processes(slot.token)
-            found = [r for r in records.recent(trigger=slot.trigger) if r.started_at >= slot.started_at]
+            if not any(s.token == slot.token for s in slots.history(1, job=slot.job, slot=slot.slot, status="running")):
+                return None
+            kill_processes(slot.claimed_token)
+            found = [r for r in records.recent(trigger=slot.trigger) if (r.started_at or "") >= (slot.started_at or "")]
             mark_killed(found)
             if found and found[0].status == "completed" and not slot.defined.loop:
-                return announced(slots.finish(slot.token, "completed", result=result_of(found[0])))
-            return announced(slots.finish(slot.token, "failed", "killed: its process ended without a word"))
+                return send_in_background(slots.end_attempt(slot.claimed_token, "completed",
+                                                            result=result_of(found[0])))
+            return send_in_background(slots.end_attempt(slot.claimed_token, "failed",
+                                                        "killed: its process ended without a word"))
     except Timeout: return None
 
 def mark_killed(found: Iterable[records.Run]) -> None:
@@ -156,4 +182,4 @@ def mark_killed(found: Iterable[records.Run]) -> None:
 def recover(now: datetime) -> list[Slot]:
     "Free what the dead have left: leases, slots, runs, processes; returns the slots that were ended."
     mark_killed(records.recent(1000, status="running"))
-    return [buried for slot in slots.expire(now) if (buried := bury(slot))]
+    return [ended for slot in slots.expire(now) if (ended := end_dead_attempt(slot))]

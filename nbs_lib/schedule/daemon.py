@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fastcore.basics import patch
 from scheduler import Scheduler
 
 from ..core.errors import UserError, nearest
@@ -21,156 +23,104 @@ from ..core.settings import Settings, load_settings
 from ..runs.kernels import kill_processes
 from ..runs.writer import busy
 from . import slots
-from .attempts import announced, bury, last_words, recover, start
+from .attempts import end_dead_attempt, last_line_printed, recover, send_in_background, start
 from .jobs import Job, length, next_slot, read_job
 from .slots import LEASE, Slot
 
 # %% auto #0
-__all__ = ['STOP', 'Folder', 'Daemon', 'awake', 'overview', 'short', 'run_now']
+__all__ = ['STOP', 'Folder', 'Clock', 'Daemon', 'daemon_is_running', 'job_table', 'short_time', 'run_now']
 
 # %% ../../notebooks/library/schedule/03_daemon.ipynb #66fdd2b7
 def _signature(file: Path) -> tuple | None:
+    "What changes when the file does; None where there is none."
     try: found = file.stat()
     except OSError: return None
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 class Folder:
     "The jobs of `scheduled/`, what is wrong with their files, and the settings; raises `UserError` for wrong settings."
-    def __init__(self):
+    def __init__(self, remember: bool = True):  # False: only look, write nothing into the schedule
+        self.remember = remember
         self.settings: Settings = load_settings()
         self.jobs: dict[str, Job] = {}
-        self.problems: dict[str, str] = {}
+        self.problems: dict[str, str] = {}      # by job, or `settings.ini`
         self._seen: dict[str, tuple | None] = {}
         self._ini = _signature(home() / "settings.ini")
 
     def read(self, now: datetime) -> list[str]:
         "Look at the files; returns the names of the jobs that are there and new or changed."
-        if (ini := _signature(home() / "settings.ini")) != self._ini:
-            self._ini, self._seen = ini, dict.fromkeys(self._seen)
-            self.problems.pop("settings.ini", None)
-            try: self.settings = load_settings()
-            except UserError as error: self.problems["settings.ini"] = str(error)
+        self._read_settings()
         files = {f.stem: f for f in sorted((home() / "scheduled").glob("*.y*ml"))}
         seen = {name: _signature(file) for name, file in files.items()}
         changed = [name for name in files if seen[name] != self._seen.get(name)]
         known = slots.states() if changed or seen.keys() != self._seen.keys() else {}
         gone = [name for name, state in known.items() if name not in files and state.timing != "gone"]
-        for name in {*gone, *self._seen} - {*files}: self.jobs.pop(name, None), self.problems.pop(name, None)
-        for name in changed:
+        for name in {*gone, *self._seen} - {*files}:
+            self.jobs.pop(name, None)
             self.problems.pop(name, None)
-            try: self.jobs[name] = read_job(files[name], self.settings)
-            except UserError as error:
-                self.problems[name] = str(error)
-                if name not in self.jobs and name in known: self.jobs[name] = known[name].defined
+        for name in changed: self._read_job(name, files[name], known)
         changed = [name for name in changed if name in self.jobs]
-        if changed or gone: slots.sync([self.jobs[n] for n in changed], now, gone)
-        self._seen = seen                                              # not before: a full disk is tried again
+        if self.remember and (changed or gone): slots.sync([self.jobs[n] for n in changed], now, gone)
+        self._seen = seen                       # not before: a full disk is tried again
         return changed
 
-# %% ../../notebooks/library/schedule/03_daemon.ipynb #d3e5bdea
+    def _read_settings(self) -> None:
+        if (ini := _signature(home() / "settings.ini")) == self._ini: return
+        self._ini, self._seen = ini, dict.fromkeys(self._seen)
+        self.problems.pop("settings.ini", None)
+        try: self.settings = load_settings()
+        except UserError as error: self.problems["settings.ini"] = str(error)
+
+    def _read_job(self, name: str, file: Path, known: dict[str, slots.State]) -> None:
+        self.problems.pop(name, None)
+        try: self.jobs[name] = read_job(file, self.settings)
+        except UserError as error:
+            self.problems[name] = str(error)
+            if name not in self.jobs and name in known: self.jobs[name] = known[name].defined
+
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #ec5cb019
+class Clock:
+    "Which jobs have come to their next slot."
+    def __init__(self):
+        self._scheduler = Scheduler(tzinfo=UTC)
+        self._ripe: list[str] = []
+        self._last = datetime.min.replace(tzinfo=UTC)
+
+    def ripe(self, jobs: dict[str, Job], changed: Iterable[str]) -> list[Job]:
+        "The jobs whose slot has come or that are `changed`; all of them when the clock was put back."
+        self._ripe += changed
+        self._scheduler.exec_jobs()
+        now = datetime.now(UTC)
+        if now < self._last: self._ripe += jobs
+        self._last = now
+        return [jobs[name] for name in dict.fromkeys(self._ripe) if name in jobs]
+
+    def arm(self, jobs: Iterable[Job], now: datetime) -> None:
+        "Wait for the next slots of these jobs; none is ripe any more."
+        self._ripe.clear()
+        for job in jobs:
+            self._scheduler.delete_jobs(tags={job.name})
+            if not job.enabled: continue
+            self._scheduler.once(next_slot(job, now), self._ripe.append, args=(job.name,), tags={job.name})
+
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #922bcaee
 STOP = 20    # seconds that runs have to end when the daemon is stopped
 
 class Daemon:
-    "Starts the runs of `scheduled/` when they are due; `say` gets a line for each event. Raises `UserError` for wrong settings."
+    """Starts the runs of `scheduled/` when they are due; `say` gets a line for each event. Raises `UserError` for
+    wrong settings."""
     def __init__(self, say: Callable[[str], None] = print):
-        self.folder, self.say = Folder(), say
-        self.running: dict[str, tuple[Slot, object]] = {}              # token -> slot, process
+        self.folder, self.clock, self.say = Folder(), Clock(), say
+        self.running: dict[str, tuple[Slot, subprocess.Popen]] = {}    # by token
         self.ended: deque[Slot] = deque(maxlen=1000)
         self.quit = threading.Event()
-        self._clock, self._armed, self._ripe = Scheduler(tzinfo=UTC), {}, []
-        self._told: dict[str, str] = {}
+        self._reported: dict[str, str] = {}                            # the problems of files that were said
         self._presence = slots.lock_of(".daemon")
-        self._last, self._recovered = datetime.min.replace(tzinfo=UTC), 0.0
-
-    def tick(self) -> None:
-        "One look at the files, the clock, the database and the runs."
-        self.plan()
-        self.reap()
-        self.launch()
-
-    def plan(self) -> None:
-        "Write down the slots that have come."
-        self._ripe += self.folder.read(datetime.now(UTC))
-        self._tell(self.folder.problems)
-        self._clock.exec_jobs()
-        now = datetime.now(UTC)
-        if now < self._last: self._ripe += self.folder.jobs            # the clock was put back
-        self._last = now
-        ripe = [self.folder.jobs[n] for n in dict.fromkeys(self._ripe) if n in self.folder.jobs]
-        for slot in slots.plan(ripe, now, self.folder.settings.schedule.catch_up) if ripe else ():
-            if slot.status != "due": self._report(slot)
-        self._ripe.clear()
-        for job in ripe:
-            if (armed := self._armed.pop(job.name, None)) in self._clock.jobs: self._clock.delete_job(armed)
-            if job.enabled: self._armed[job.name] = self._clock.once(next_slot(job, now), self._ripe.append, args=(job.name,))
-
-    def reap(self) -> None:
-        "See which runs have ended, and clear up after those that were killed."
-        now = datetime.now(UTC)
-        for token, (slot, process) in list(self.running.items()):
-            if process.poll() is None: continue
-            del self.running[token]
-            row = next(iter(slots.history(1, job=slot.job, slot=slot.slot)), slot)
-            if row.token == token and row.status == "running": row = bury(row) or row
-            if row.token == token and row.status == "starting":
-                row = announced(slots.finish(token, "failed", f"its process did not start: {last_words(slot)}")) or row
-            if row.status not in ("starting", "running"): self._report(row)
-        if 0 <= time.monotonic() - self._recovered < LEASE / 3: return
-        slots.renew(self.running, now)
-        mine = {(slot.job, slot.slot) for slot, _ in self.running.values()}
-        for row in recover(now):
-            if (row.job, row.slot) not in mine: self._report(row)      # else `reap` will
-        self._recovered = time.monotonic()
-
-    def launch(self) -> None:
-        "Start what is due, as far as there is room; who writes while another one writes has to wait."
-        settings, now = self.folder.settings.schedule, datetime.now(UTC)
-        for slot in slots.due(now):
-            job = self.folder.jobs.get(slot.job)
-            if job is None: slots.drop(slot, "its file is gone")
-            elif job.writes and settings.busy == "wait" and (who := busy()): slots.note(slot, f"waits: {who} is writing here")
-            elif claimed := slots.claim(slot, now, settings.parallel, job):
-                self.running[claimed.token] = claimed, start(claimed)
-                self.say(f"{slot.job}: {'started' if not slot.attempt else f'started again ({slot.attempt} of {job.retries} retries)'}")
-
-    def _report(self, slot: Slot) -> None:
-        "A line on a slot whose attempt has ended."
-        self.ended.append(slot)
-        if slot.status == "due": return self.say(f"{slot.job}: failed: {slot.reason}; again in {length(max(slot.not_before - time.time(), 0))}")
-        if slot.reason == "nothing new": return
-        self.say(f"{slot.job}: {slot.status}" + "".join(f": {text}" for text in (slot.result, slot.reason) if text))
-        state = slots.states().get(slot.job) if slot.status == "failed" else None
-        if state and state.paused: self.say(f"{slot.job}: paused, it {state.paused}; mend it, then `loopbook schedule --resume {slot.job}`")
-
-    def _tell(self, problems: dict[str, str]) -> None:
-        "Say each problem when it comes up."
-        for name, problem in problems.items():
-            if self._told.get(name) != problem: self.say(f"{problem}" + (f"; {name} goes on as it was" if name in self.folder.jobs else ""))
-        self._told = dict(problems)
-
-    def _be_seen(self) -> None:
-        "Hold the lock that says a daemon is running, if no other one does."
-        from filelock import Timeout
-        try: self._presence.is_locked or self._presence.acquire(timeout=0)
-        except Timeout: pass
-
-    def stop(self) -> None:
-        "End all runs; they will be due again when a daemon starts."
-        for _, process in self.running.values():
-            if process.poll() is None: process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + STOP
-        for token, (slot, process) in self.running.items():
-            while process.poll() is None and time.monotonic() < end: time.sleep(0.05)
-            if process.poll() is None:
-                kill_processes(token)
-                process.wait()
-            try: slots.give_back(slot, "the scheduler was stopped") and self.say(f"{slot.job}: stopped")
-            except UserError as error: self.say(str(error))            # the next daemon will find it killed
-        self.running.clear()
-        self._presence.release()
+        self._recovered = 0.0                                          # when, on the monotonic clock
 
     def run(self, once: bool = False, tick: float = 0.5) -> list[Slot]:
-        "Go on until `quit` is set, or with `once` until what is due has ended; returns the slots that have ended or will be tried again."
+        """Go on until `quit` is set, or with `once` until what is due has ended; returns the slots that have ended or
+        will be tried again."""
         trouble = None
         try:
             if once: self.plan()
@@ -178,12 +128,13 @@ class Daemon:
                 try:
                     if not once:
                         self.plan()
-                        self._be_seen()
+                        self._hold_presence()
                     self.reap()
                     self.launch()
                     if once and not self.running and not slots.due(datetime.now(UTC)): break
                     trouble = None
-                except Exception as error:                             # a full disk, say: it may have room again in a minute
+                # a full disk, say: it may have room again in a minute
+                except Exception as error:
                     if once: raise
                     if str(error) != trouble: self.say(f"{type(error).__name__}: {error}")
                     trouble = str(error)
@@ -191,34 +142,146 @@ class Daemon:
         finally: self.stop()
         return list(self.ended)
 
-# %% ../../notebooks/library/schedule/03_daemon.ipynb #55490d75
-def awake() -> bool:
+    def tick(self) -> None:
+        "One look at the files, the clock, the database and the runs."
+        self.plan()
+        self.reap()
+        self.launch()
+
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #e6b773f0
+@patch
+def plan(self: Daemon) -> None:
+    "Write down the slots that have come."
+    changed = self.folder.read(datetime.now(UTC))
+    self._report_problems(self.folder.problems)
+    ripe, now = self.clock.ripe(self.folder.jobs, changed), datetime.now(UTC)
+    for slot in slots.plan_slots(ripe, now, self.folder.settings.schedule.catch_up) if ripe else ():
+        if slot.status != "due": self._report(slot)
+    self.clock.arm(ripe, now)
+
+@patch
+def _report_problems(self: Daemon, problems: dict[str, str]) -> None:
+    "Say each problem when it comes up."
+    for name, problem in problems.items():
+        if self._reported.get(name) == problem: continue
+        self.say(f"{problem}" + (f"; {name} goes on as it was" if name in self.folder.jobs else ""))
+    self._reported = dict(problems)
+
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #8dd9a939
+@patch
+def launch(self: Daemon) -> None:
+    "Start what is due, as far as there is room; who writes while another one writes has to wait."
+    settings, now = self.folder.settings.schedule, datetime.now(UTC)
+    for slot in slots.due(now):
+        job = self.folder.jobs.get(slot.job)
+        if job is None: slots.drop(slot, "its file is gone")
+        elif job.writes and settings.busy == "wait" and (who := busy()):
+            slots.note(slot, f"waits: {who} is writing here")
+        elif claimed := slots.claim(slot, now, settings.parallel, job):
+            self.running[claimed.claimed_token] = claimed, start(claimed)
+            again = f"started again ({slot.attempt} of {job.retries} retries)"
+            self.say(f"{slot.job}: {again if slot.attempt else 'started'}")
+
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #8ee8cd1a
+@patch
+def reap(self: Daemon) -> None:
+    "See which runs have ended, and clear up after those that were killed."
+    for token, (slot, process) in list(self.running.items()):
+        if process.poll() is None: continue
+        del self.running[token]
+        row = next(iter(slots.history(1, job=slot.job, slot=slot.slot)), slot)
+        if row.token == token and row.status == "running": row = end_dead_attempt(row) or row
+        if row.token == token and row.status == "starting":
+            reason = f"its process did not start: {last_line_printed(slot)}"
+            row = send_in_background(slots.end_attempt(token, "failed", reason)) or row
+        if row.status not in ("starting", "running"): self._report(row)
+    if not 0 <= time.monotonic() - self._recovered < LEASE / 3: self._recover(datetime.now(UTC))
+
+@patch
+def _recover(self: Daemon, now: datetime) -> None:
+    "Extend the leases of runs that are starting, and clear up after other daemons' dead."
+    slots.renew(self.running, now)
+    mine = {(slot.job, slot.slot) for slot, _ in self.running.values()}
+    for row in recover(now):
+        if (row.job, row.slot) not in mine: self._report(row)          # else `reap` will
+    self._recovered = time.monotonic()
+
+@patch
+def _report(self: Daemon, slot: Slot) -> None:
+    "A line on a slot whose attempt has ended."
+    self.ended.append(slot)
+    if slot.status == "due":
+        return self.say(f"{slot.job}: failed: {slot.reason}; again in {length(max(slot.not_before - time.time(), 0))}")
+    if slot.reason == "nothing new": return
+    self.say(f"{slot.job}: {slot.status}" + "".join(f": {text}" for text in (slot.result, slot.reason) if text))
+    state = slots.states().get(slot.job) if slot.status == "failed" else None
+    if state and state.paused:
+        self.say(f"{slot.job}: paused, it {state.paused}; mend it, then `loopbook schedule --resume {slot.job}`")
+
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #67beac97
+@patch
+def stop(self: Daemon) -> None:
+    "End all runs; they will be due again when a daemon starts."
+    for _, process in self.running.values():
+        if process.poll() is None: process.send_signal(signal.SIGTERM)
+    end = time.monotonic() + STOP
+    for token, (slot, process) in self.running.items():
+        while process.poll() is None and time.monotonic() < end: time.sleep(0.05)
+        if process.poll() is None:
+            kill_processes(token)
+            process.wait()
+        try: stopped = slots.give_back(slot, "the scheduler was stopped")
+        except UserError as error: self.say(str(error))                # the next daemon will find it killed
+        else:
+            if stopped: self.say(f"{slot.job}: stopped")
+    self.running.clear()
+    self._presence.release()
+
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #4cdc3231
+@patch
+def _hold_presence(self: Daemon) -> None:
+    "Hold the lock that says a daemon is running, if no other one does."
+    from filelock import Timeout
+    if self._presence.is_locked: return
+    try: self._presence.acquire(timeout=0)
+    except Timeout: pass
+
+def daemon_is_running() -> bool:
     "Whether a daemon is running in this home."
     from filelock import Timeout
     try:
         with slots.lock_of(".daemon").acquire(timeout=0): return False
     except Timeout: return True
 
-def overview(folder: Folder | None = None) -> list[dict]:
-    "One dict a job: name, timing, next (UTC), status and time of its last slot, why it waits or is paused, and the problem of its file."
-    folder, now, table = folder or Folder(), datetime.now(UTC), []
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #61505dce
+def _job_row(name: str, folder: Folder, state: slots.State | None, now: datetime) -> dict:
+    job = folder.jobs.get(name)
+    last = next((s for s in slots.history(20, job=name) if s.status != "missed"), None)
+    due = slots.stamp(next_slot(job, now)) if job and job.enabled and not (state and state.paused) else None
+    return {"job": name, "timing": job and job.timing, "next": due, "last": last and last.slot,
+            "status": last and last.status, "reason": last and (last.reason or last.result),
+            "paused": state and state.paused, "problem": folder.problems.get(name)}
+
+def job_table(folder: Folder | None = None) -> list[dict]:
+    """One dict a job: name, timing, next (UTC), status and time of its last slot, why it waits or is paused, and the
+    problem of its file."""
+    folder, now = folder or Folder(), datetime.now(UTC)
     folder.read(now)
     states = slots.states()
-    for name in sorted({*folder.jobs, *folder.problems}):
-        job, state = folder.jobs.get(name), states.get(name)
-        last = next((s for s in slots.history(20, job=name) if s.status != "missed"), None)
-        active = job and job.enabled and not (state and state.paused)
-        table.append({"job": name, "timing": job and job.timing, "next": slots.stamp(next_slot(job, now)) if active else None,
-                      "last": last and last.slot, "status": last and last.status, "reason": last and (last.reason or last.result),
-                      "paused": state and state.paused, "problem": folder.problems.get(name)})
-    return table
+    return [_job_row(name, folder, states.get(name), now) for name in sorted({*folder.jobs, *folder.problems})]
 
-def short(slot: str | None) -> str: return slot[:16].replace("T", " ") if slot else ""
+def short_time(slot: str | None) -> str:
+    "A slot's time as people read it."
+    return slot[:16].replace("T", " ") if slot else ""
 
-def run_now(name: str, folder: Folder | None = None):
+# %% ../../notebooks/library/schedule/03_daemon.ipynb #a838c570
+def run_now(name: str, folder: Folder | None = None) -> subprocess.Popen:
     "Start a job's run in a process of its own, daemon or not; returns the process. Raises `UserError`."
     folder, now = folder or Folder(), datetime.now(UTC)
     folder.read(now)
     if name not in folder.jobs:
-        raise UserError(folder.problems.get(name) or f"job {name!r} is not in {home() / 'scheduled'}{nearest(name, folder.jobs)}")
-    return start(slots.claim(slots.add(folder.jobs[name], now), now))
+        raise UserError(folder.problems.get(name)
+                        or f"job {name!r} is not in {home() / 'scheduled'}{nearest(name, folder.jobs)}")
+    slot = slots.add_slot(folder.jobs[name], now)
+    if claimed := slots.claim(slot, now): return start(claimed)
+    raise UserError(f"{name}: somebody else has just started its run of {slot.slot}")

@@ -51,9 +51,13 @@ def zone(name: str) -> tzinfo:
     if name == "UTC": return UTC
     try: return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise ValueError(f"{name!r} is not a time zone{nearest(name, available_timezones()).partition('; there are')[0]}") from None
+        raise ValueError(f"{name!r} is not a time "
+                         f"zone{nearest(name, available_timezones()).partition('; there are')[0]}") from None
 
-def _zone_name(name: str) -> str: return zone(name) and name
+def _zone_name(name: str) -> str:
+    zone(name)
+    return name
+
 def _listed(value): return value if isinstance(value, (list, tuple)) else [value]
 
 # %% ../../notebooks/library/schedule/00_jobs.ipynb #f365df1d
@@ -73,7 +77,9 @@ class Job(Section):
     parameters: dict = key({}, "of the notebook; of the loop: recipe, source, force")
     timeout: Annotated[Seconds, Field(gt=0)] | None = key(None, "stop a run that takes longer, 2h")
     retries: int = key(0, "how often a failed run is tried again", ge=0, le=100)
-    backoff: Annotated[Seconds, Field(ge=0)] = key(60.0, "wait so long before the first retry, and twice as long before each next one")
+    backoff: Annotated[Seconds, Field(ge=0)] = key(60.0,
+                                                   "wait so long before the first retry, and twice as long before "
+                                                   "each next one")
     kernel: str | None = key(None, "a Jupyter kernel; the notebook's own where not given")
     enabled: bool = key(True, "false: the job rests")
     notify: Literal["never", "failure", "always"] = key("failure", "when to send a message")
@@ -81,7 +87,8 @@ class Job(Section):
     @model_validator(mode="after")
     def _one_of(self):
         if bool(self.notebook) == self.loop: raise ValueError("say either notebook: NAME or loop: true")
-        if sum(t is not None for t in (self.every, self.daily, self.weekly)) > 1: raise ValueError("only one of every, daily and weekly")
+        if sum(t is not None for t in (self.every, self.daily, self.weekly)) > 1:
+            raise ValueError("only one of every, daily and weekly")
         if self.kernel and self.loop: raise ValueError("a loop has no kernel of its own")
         if not (self.every or self.daily or self.weekly):
             if not self.on: raise ValueError("say when: every, daily, weekly or on")
@@ -97,8 +104,9 @@ class Job(Section):
     @property
     def writes(self) -> bool:
         "Whether it changes datasets, models or aliases."
-        return self.loop or writes(self.notebook)
+        return self.loop or self.notebook is not None and writes(self.notebook)
 
+# %% ../../notebooks/library/schedule/00_jobs.ipynb #cf1e2b55
 def length(seconds: float) -> str:
     "A length of time as people write it: `1h30m`."
     parts, left = [], round(seconds)
@@ -108,26 +116,36 @@ def length(seconds: float) -> str:
     return "".join(parts) or "0s"
 
 # %% ../../notebooks/library/schedule/00_jobs.ipynb #4f49a3ab
-def _entries(file: Path) -> dict[str, tuple[object, int]]:
-    "Key -> (what was written, line)."
+def _as_written(node, name: str):
+    "The text of a YAML node, or a list of texts; what YAML makes of it for `parameters`."
     import yaml
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    def plain(node):
-        if isinstance(node, yaml.SequenceNode): return [plain(n) for n in node.value]
-        return node.value if isinstance(node, yaml.ScalarNode) else yaml.constructor.SafeConstructor().construct_document(node)
-    try: root = yaml.compose(file.read_text(encoding="utf-8"), Loader=loader)
+    if name != "parameters" and isinstance(node, yaml.SequenceNode): return [_as_written(n, name) for n in node.value]
+    if name != "parameters" and isinstance(node, yaml.ScalarNode): return node.value
+    return yaml.constructor.SafeConstructor().construct_document(node)
+
+def _root(file: Path):
+    "The YAML node of a file's keys and values; raises `UserError`."
+    import yaml
+    try: root = yaml.compose(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{file}:{(error.problem_mark or error.context_mark).line + 1}: this is not YAML ({error.problem})") from None
+        raise UserError(f"{file}:{(error.problem_mark or error.context_mark).line + 1}: this is not YAML "
+                        f"({error.problem})") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(root, yaml.MappingNode): raise UserError(f"{file}:1: a job is lines of the form key: value")
-    found = {}
-    for k, v in root.value:
+    return root
+
+def _entries(file: Path) -> dict[str, tuple[object, int]]:
+    "Key -> (what was written, line); raises `UserError`."
+    import yaml
+    found: dict[str, tuple[object, int]] = {}
+    for k, v in _root(file).value:
         name, line = str(k.value), k.start_mark.line + 1
         if name in found: raise UserError(f"{file}:{line}: {name}: is here twice, also in line {found[name][1]}")
         if v.tag == "tag:yaml.org,2002:null": continue
-        try: found[name] = (yaml.constructor.SafeConstructor().construct_document(v) if name == "parameters" else plain(v), line)
-        except yaml.YAMLError as error: raise UserError(f"{file}:{line}: {name}: {getattr(error, 'problem', error)}") from None
+        try: found[name] = _as_written(v, name), line
+        except yaml.YAMLError as error:
+            raise UserError(f"{file}:{line}: {name}: {getattr(error, 'problem', error)}") from None
     return found
 
 # %% ../../notebooks/library/schedule/00_jobs.ipynb #7aa7228b
@@ -143,28 +161,35 @@ def locate(notebook: str, settings: Settings) -> Path:
     return there.resolve() if there.is_file() else find_notebook(notebook)
 
 def _check_parameters(job: Job, settings: Settings) -> None:
-    if not job.loop: return checked(locate(job.notebook, settings), job.parameters)
+    if job.notebook:
+        checked(locate(job.notebook, settings), job.parameters)
+        return
     for name in job.parameters:
         if name not in Loops.model_fields:
             raise UserError(f"parameter {name!r}: the loop has none of that name{nearest(name, Loops.model_fields)}")
     try: use_recipe(settings, Loops.model_validate(job.parameters, strict=True).recipe)
     except ValidationError as error:
-        raise UserError(f"parameter {error.errors()[0]['loc'][0]} = {error.errors()[0]['input']!r}: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        raise UserError(f"parameter {first['loc'][0]} = {first['input']!r}: {first['msg']}") from None
 
+# %% ../../notebooks/library/schedule/00_jobs.ipynb #c4cae856
 def read_job(file: Path, settings: Settings | None = None) -> Job:
     "The job in `file`, its parameters checked against the notebook's; raises `UserError` with file, line and key."
     settings, entries = settings or load_settings(), _entries(Path(file))
     def place(*names): return next((f"{file}:{entries[n][1]}: {n}: " for n in names if n in entries), f"{file}:1: ")
     known = [n for n in Job.model_fields if n != "name"]
-    if not re.fullmatch(NAME, Path(file).stem): raise UserError(f"{file}: a job's file is named with letters, digits, - and _")
+    if not re.fullmatch(NAME, Path(file).stem):
+        raise UserError(f"{file}: a job's file is named with letters, digits, - and _")
     for name in entries:
         if name not in known: raise UserError(f"{place(name)}no such key{nearest(name, known)}")
-    try: job = Job(name=Path(file).stem, **{"timezone": settings.schedule.timezone} | {k: v for k, (v, _) in entries.items()})
+    try:
+        job = Job(name=Path(file).stem, **{"timezone": settings.schedule.timezone}
+                  | {k: v for k, (v, _) in entries.items()})
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "value_error": told = str(first["ctx"]["error"])
-        else: told = f"{first['input']!r} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise UserError(f"{place(*map(str, first['loc'][:1]))}{told}") from None
+        if first["type"] == "value_error": why = str(first["ctx"]["error"])
+        else: why = f"{first['input']!r} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise UserError(f"{place(*map(str, first['loc'][:1]))}{why}") from None
     try: _check_parameters(job, settings)
     except UserError as error:
         raise UserError(f"{place('parameters' if str(error).startswith('parameter') else 'notebook')}{error}") from None
@@ -173,7 +198,7 @@ def read_job(file: Path, settings: Settings | None = None) -> Job:
 # %% ../../notebooks/library/schedule/00_jobs.ipynb #e4e1b8ea
 def _on(job: Job, day: date) -> datetime | None:
     "The job's slot on a date of its time zone; None where it has none."
-    at = job.daily or job.weekly
+    at = job.daily or job.weekly or ""
     if job.weekly and DAYS[day.weekday()] != job.weekly.split()[0]: return None
     return datetime.combine(day, time.fromisoformat(at.split()[-1]), zone(job.timezone)).astimezone(UTC)
 

@@ -6,42 +6,51 @@
 from __future__ import annotations
 
 import html
-import os
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fastcore.basics import patch
+
+from ..core.links import address
 from ..runs import records
+from ..runs.records import Run
 from .attempts import recover
-from .daemon import Folder, awake, overview, run_now, short
+from .daemon import Folder, daemon_is_running, job_table, run_now, short_time
 
 # %% auto #0
-__all__ = ['Panel']
+__all__ = ['last_runs', 'Panel']
 
 # %% ../../notebooks/library/schedule/04_panel.ipynb #3cc76d99
-def _last_runs(limit: int = 15) -> str:
-    "The latest runs as a Markdown table with links, as seen from this folder."
-    def link(run, ending, text):
-        file = Path(run.folder) / f"{run.step}.{ending}"
-        return f"[{text}]({os.path.relpath(file).replace(' ', '%20')})" if file.exists() else ""
+def _page(run: Run, ending: str, text: str) -> str:
+    "A Markdown link to a file of the run; nothing where there is none."
+    file = Path(run.folder) / f"{run.step}.{ending}"
+    if not file.exists(): return ""
+    return f"[{text}]({where})" if (where := address(file)) else f"`{file}`"
+
+def last_runs(limit: int = 15) -> str:
+    "The latest runs as a Markdown table."
     lines = ["| run | status | took | started by | | |", "|---|---|---|---|---|---|"]
     for run in records.recent(limit):
         took = f"{run.seconds:.1f} s" if run.seconds is not None else ""
         error = f" {html.escape(run.error[:120])}".replace("|", "&#124;") if run.error else ""
-        links = link(run, "ipynb", "notebook"), link(run, "html", "report")
-        cells = f"{short(run.started_at)} {run.step}", run.status + error, took, run.trigger, *links
+        pages = _page(run, "ipynb", "notebook"), _page(run, "html", "report")
+        cells = f"{short_time(run.started_at)} {run.step}", run.status + error, took, run.trigger, *pages
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 # %% ../../notebooks/library/schedule/04_panel.ipynb #d881cbe0
 class Panel:
     "The jobs, their next and last runs, and buttons that run one now, in `widget`; refreshed every so many `seconds`."
-    following = None
+    following = None   # the task that refreshes the one panel of a kernel
 
     def __init__(self, seconds: float = 2.0):
         import asyncio
 
         import ipywidgets as w
-        self.w, self.folder, self.rows, self.started, self.seconds = w, Folder(), {}, [], seconds
+        self.w, self.folder, self.seconds = w, Folder(), seconds
+        self.rows: dict[str, list] = {}                # job -> the widgets of its row
+        self.started: list[subprocess.Popen] = []
         self.grid = w.GridBox(layout=w.Layout(grid_template_columns="auto auto auto 1fr auto", grid_gap="2px 16px"))
         self.heads = [w.HTML(f"<b>{t}</b>") for t in ("job", "when", "next (UTC)", "last (UTC)", "")]
         self.said, self.daemon, self.table = w.HTML(), w.HTML(), w.Output()
@@ -49,44 +58,59 @@ class Panel:
         self.update()
         if Panel.following: Panel.following.cancel()
         try: Panel.following = asyncio.get_running_loop().create_task(self.follow())
-        except RuntimeError: pass                                      # no loop, no notebook
-
-    def row(self, name: str) -> list:
-        "The cells of a job: name, timing, next, last, button."
-        button = self.w.Button(description="Run now", tooltip=f"Run {name} now", layout=self.w.Layout(width="90px"))
-        button.on_click(lambda _: self.press(name))
-        return [*(self.w.HTML() for _ in range(4)), button]
-
-    def press(self, name: str) -> None:
-        "Run the job now, and say so, or why not."
-        try:
-            self.started.append(run_now(name, self.folder))
-            self.say(f"{name} was started")
-        except Exception as error: self.say(f"{type(error).__name__}: {error}".removeprefix("UserError: "))
-        self.update()
-
-    def say(self, text: str) -> None: self.said.value = html.escape(text)
-
-    def update(self) -> None:
-        "Show how things are; only what has changed reaches the browser."
-        self.started = [p for p in self.started if p.poll() is None]
-        recover(datetime.now(UTC))
-        self.daemon.value = "" if awake() else "No daemon is running here; <code>loopbook schedule</code> starts one."
-        jobs = overview(self.folder)
-        for job in jobs:
-            if (name := job["job"]) not in self.rows: self.rows[name] = self.row(name)
-            last = f"{job['status'] or ''} {short(job['last'])} {job['reason'] or ''}"
-            texts = name, job["timing"] or "", short(job["next"]), f"paused: {job['paused']}" if job["paused"] else job["problem"] or last
-            for cell, text in zip(self.rows[name], texts, strict=False): cell.value = html.escape(text)
-        wanted = (*self.heads, *(cell for job in jobs for cell in self.rows[job["job"]]))
-        if self.grid.children != wanted: self.grid.children = wanted
-        text = _last_runs()
-        if not self.table.outputs or self.table.outputs[0]["data"]["text/markdown"] != text:
-            self.table.outputs = ({"output_type": "display_data", "data": {"text/markdown": text, "text/plain": text}, "metadata": {}},)
+        except RuntimeError: pass                      # no loop, no notebook
 
     async def follow(self) -> None:
+        "Refresh for ever."
         import asyncio
         while True:
             await asyncio.sleep(self.seconds)
             try: self.update()
             except Exception as error: self.say(f"{type(error).__name__}: {error}")
+
+# %% ../../notebooks/library/schedule/04_panel.ipynb #8b65fd9d
+@patch
+def row(self: Panel, name: str) -> list:
+    "The cells of a job: name, timing, next, last, button."
+    button = self.w.Button(description="Run now", tooltip=f"Run {name} now", layout=self.w.Layout(width="90px"))
+    button.on_click(lambda _: self.press(name))
+    return [*(self.w.HTML() for _ in range(4)), button]
+
+@patch
+def press(self: Panel, name: str) -> None:
+    "Run the job now, and say so, or why not."
+    try:
+        self.started.append(run_now(name, self.folder))
+        self.say(f"{name} was started")
+    except Exception as error: self.say(f"{type(error).__name__}: {error}".removeprefix("UserError: "))
+    self.update()
+
+@patch
+def say(self: Panel, text: str) -> None:
+    "Show a line beside the buttons."
+    self.said.value = html.escape(text)
+
+# %% ../../notebooks/library/schedule/04_panel.ipynb #295a7f69
+@patch
+def update(self: Panel) -> None:
+    "Show how things are."
+    self.started = [p for p in self.started if p.poll() is None]
+    recover(datetime.now(UTC))
+    self.daemon.value = "" if daemon_is_running() else "No daemon is running here; <code>loopbook schedule</code> starts one."
+    jobs = job_table(self.folder)
+    for job in jobs: self.fill(job)
+    wanted = (*self.heads, *(cell for job in jobs for cell in self.rows[job["job"]]))
+    if self.grid.children != wanted: self.grid.children = wanted
+    text = last_runs()
+    if not self.table.outputs or self.table.outputs[0]["data"]["text/markdown"] != text:
+        self.table.outputs = ({"output_type": "display_data", "data": {"text/markdown": text, "text/plain": text},
+                               "metadata": {}},)
+
+@patch
+def fill(self: Panel, job: dict) -> None:
+    "Show a job in its row."
+    if (name := job["job"]) not in self.rows: self.rows[name] = self.row(name)
+    last = f"{job['status'] or ''} {short_time(job['last'])} {job['reason'] or ''}"
+    state = f"paused: {job['paused']}" if job["paused"] else job["problem"] or last
+    for cell, text in zip(self.rows[name], (name, job["timing"] or "", short_time(job["next"]), state), strict=False):
+        cell.value = html.escape(text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,8 +25,8 @@ from ..tracking.tracker import Tracker, open_tracker
 from ..tracking.versions import Version
 
 # %% auto #0
-__all__ = ['ASIDE', 'Lineage', 'lineage', 'Item', 'size', 'old_runs', 'old_versions', 'old_caches', 'old_slots', 'Plan', 'plan',
-           'prune']
+__all__ = ['ASIDE', 'Lineage', 'lineage', 'Removable', 'freed_bytes', 'old_runs', 'old_versions', 'old_caches', 'old_slots',
+           'Cleanup', 'plan_cleanup', 'prune']
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #4bee1a8d
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Lineage:
 
 def lineage(tracker: Tracker) -> Lineage:
     "All that the models with the alias `production` or `previous` came from, and they themselves."
-    waiting = [v.ref for name in tracker.artifacts("model") for v in tracker.versions(name) if {"production", "previous"} & {*v.aliases}]
+    waiting = [v.ref for name in tracker.artifacts("model") for v in tracker.versions(name)
+               if {"production", "previous"} & {*v.aliases}]
     refs, makers = set(), set()
     while waiting:
         if (ref := waiting.pop()) in refs: continue
@@ -52,83 +54,113 @@ def lineage(tracker: Tracker) -> Lineage:
         waiting += found["inputs"]
     return Lineage(frozenset(refs), frozenset(makers))
 
-# %% ../../notebooks/library/schedule/05_retention.ipynb #8cddff22
+# %% ../../notebooks/library/schedule/05_retention.ipynb #11b4d3b2
 @dataclass(frozen=True)
-class Item:
-    "Something that may go: a `run`'s outputs, a `version` in the tracker, our own `copy` of one, a `cache`, the schedule's old `slots`, or the `rest` of what went before; `bytes`: the disk space that it gives back."
+class Removable:
+    "Something that may go."
+    # run (its outputs) | version (in the tracker) | copy (ours of a version) | cache | slots | rest (of what went
+    # before)
     kind: str
     name: str
-    bytes: int
+    bytes: int                 # the disk space that it gives back
     path: Path | None = None
 
-def size(path: Path) -> int:
+def freed_bytes(path: Path) -> int:
     "Bytes that deleting the path gives back: a file that has another name elsewhere gives nothing."
-    files = [path] if not path.is_dir() else [Path(folder) / f for folder, _, names in os.walk(path) for f in names]
+    files = [Path(folder) / f for folder, _, names in os.walk(path) for f in names] if path.is_dir() else [path]
     return sum(s.st_size for f in files if (s := f.lstat()).st_nlink == 1)
 
-def old_runs(settings: Settings, keep: Lineage, now: datetime) -> Iterator[Item]:
-    "Runs whose outputs may go, the oldest last."
-    border, seen, succeeded = (now - timedelta(days=settings.retention.keep_days)).isoformat(), {}, set()
+# %% ../../notebooks/library/schedule/05_retention.ipynb #8cddff22
+def old_runs(
+    settings: Settings,
+    keep: Lineage,        # what production came from
+    now: datetime,
+) -> Iterator[Removable]:  # the oldest last
+    "Runs whose outputs may go."
+    border = (now - timedelta(days=settings.retention.keep_days)).isoformat()
+    seen: Counter = Counter()                                          # runs of a notebook
+    # notebooks and recipes whose last success was met
+    succeeded: set = set()
     outputs = settings.home / "outputs"
     there = {entry.name for entry in os.scandir(outputs)} if outputs.exists() else set()
     for run in records.recent(10_000_000):
-        seen[run.known_as] = number = seen.get(run.known_as, 0) + 1
+        seen[run.known_as] += 1
         success = (run.known_as, run.parameters.get("recipe"))
         last = run.status == "completed" and success not in succeeded
         if run.status == "completed": succeeded.add(success)
-        if run.status == "running" or last or number <= settings.retention.keep_runs or run.started_at >= border or keep.holds(run): continue
-        if run.id in there: yield Item("run", run.id, size(outputs / run.id), outputs / run.id)
+        young = seen[run.known_as] <= settings.retention.keep_runs or (run.started_at or "") >= border
+        if run.status == "running" or last or young or keep.holds(run): continue
+        if run.id in there: yield Removable("run", run.id, freed_bytes(outputs / run.id), outputs / run.id)
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #05e9b1fd
-def old_versions(settings: Settings, tracker: Tracker, keep: Lineage) -> Iterator[Version]:
+def old_versions(
+    settings: Settings,
+    tracker: Tracker,
+    keep: Lineage,        # what production came from
+) -> Iterator[Version]:
     "Versions that nobody needs."
     for kind in ("dataset", "model", "notebook"):
         for name in tracker.artifacts(kind):
             for version in tracker.versions(name)[settings.retention.keep_versions:]:
-                if not version.aliases and version.ref not in keep.refs and version.metadata.get("run") not in keep.runs: yield version
+                needed = version.aliases or version.ref in keep.refs or version.metadata.get("run") in keep.runs
+                if not needed: yield version
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #44ed393f
-def old_caches(settings: Settings, now: datetime) -> Iterator[Item]:
+def _last_used(path: Path) -> float:
+    "When anything in the path was read or written last, in seconds since the epoch."
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return max(max(s.st_atime, s.st_mtime) if not f.is_dir() else s.st_mtime for f in files for s in [f.lstat()])
+
+def old_caches(settings: Settings, now: datetime) -> Iterator[Removable]:
     "Features, compiled networks, checkpoints and downloads that were not used for long."
     data, border = settings.home / "data", now.timestamp() - settings.retention.keep_days * 86400
     downloads = [p for p in (data / "cache" / "wandb").rglob("*") if p.is_file()]
-    sent = [p for p in (data / "wandb").glob("*run-*") if p.is_dir() and (p.name.startswith("run-") or any(p.glob("*.synced")))]
+    sent = [p for p in (data / "wandb").glob("*run-*") if p.is_dir()
+            and (p.name.startswith("run-") or any(p.glob("*.synced")))]
     for path in [*(p for p in (data / "cache").glob("*/*") if p.parent.name != "wandb"), *downloads, *sent]:
-        files = [path, *path.rglob("*")] if path.is_dir() else [path]
-        used = max(max(s.st_atime, s.st_mtime) if not f.is_dir() else s.st_mtime for f in files for s in [f.lstat()])
-        if used < border: yield Item("cache", str(path.relative_to(data)), size(path), path)
+        if _last_used(path) < border: yield Removable("cache", str(path.relative_to(data)), freed_bytes(path), path)
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #f04051c2
-def old_slots(settings: Settings, now: datetime) -> Iterator[Item]:
+def old_slots(settings: Settings, now: datetime) -> Iterator[Removable]:
     "The slots that may go, as one item."
     border = now - timedelta(days=settings.retention.keep_days)
-    if (settings.home / "outputs" / "schedule.sqlite").exists() and (count := slots.forget(border, dry_run=True)):
-        yield Item("slots", f"{count:,} before {slots.stamp(border)}", 0)
+    if slots.kept() and (count := slots.forget(border, dry_run=True)):
+        yield Removable("slots", f"{count:,} before {slots.stamp(border)}", 0)
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #851938c8
 ASIDE = ".pruned"
 
 @dataclass(frozen=True)
-class Plan:
-    "What may go, the versions that only the tracker could delete, and what is to be said about it."
-    items: list[Item]
+class Cleanup:
+    "What may go, or went, and what is to be said about it."
+    items: list[Removable]
     notes: list[str]
 
     @property
     def bytes(self) -> int: return sum(i.bytes for i in self.items)
 
-def plan(settings: Settings, tracker: Tracker, now: datetime | None = None) -> Plan:
-    "What may go at the time `now`; changes nothing. Raises `UserError` where the tracker cannot say what production came from."
+def plan_cleanup(
+    settings: Settings,
+    tracker: Tracker,
+    now: datetime | None = None,
+) -> Cleanup:
+    """What may go at the time `now`; changes nothing. Raises `UserError` where the tracker cannot say what production
+    came from."""
     now, keep, notes = now or datetime.now(UTC), lineage(tracker), []
     versions = list(old_versions(settings, tracker, keep))
+    aside = [p for top in ("outputs", "data") for p in sorted((settings.home / top / ASIDE).glob("*"))]
     copies = {v.ref: settings.home / "data" / "artifacts" / v.name / v.version for v in versions}
-    items = [Item("rest", p.name, size(p), p) for top in ("outputs", "data") for p in sorted((settings.home / top / ASIDE).glob("*"))]
-    items += [*old_runs(settings, keep, now), *(Item("copy", ref, freed, path) for ref, path in copies.items() if path.exists() and (freed := size(path))), *old_caches(settings, now), *old_slots(settings, now)]
-    if tracker.deletes: items += [Item("version", v.ref, 0) for v in versions]
+    items = [Removable("rest", p.name, freed_bytes(p), p) for p in aside]
+    items += old_runs(settings, keep, now)
+    items += [Removable("copy", ref, freed, p) for ref, p in copies.items() if p.exists() and (freed := freed_bytes(p))]
+    items += [*old_caches(settings, now), *old_slots(settings, now)]
+    if tracker.deletes: items += [Removable("version", v.ref, 0) for v in versions]
     elif versions:
-        notes.append(f"{tracker.backend} cannot delete versions: {len(versions)} that nobody needs stay, of {sum(v.size for v in versions) / 1e6:.1f} MB before what they share with others")
-    return Plan(items, notes)
+        notes.append(f"{tracker.backend} cannot delete versions: {len(versions)} that nobody needs stay, of "
+                     f"{sum(v.size for v in versions) / 1e6:.1f} MB before what they share with others")
+    return Cleanup(items, notes)
 
+# %% ../../notebooks/library/schedule/05_retention.ipynb #87343f58
 def _delete(path: Path, home: Path) -> None:
     "Move the path aside, and delete it there."
     aside = home / path.relative_to(home).parts[0] / ASIDE
@@ -138,22 +170,29 @@ def _delete(path: Path, home: Path) -> None:
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink()
 
-def prune(dry_run: bool = False, wait: bool = False) -> Plan:
-    "Let go what may go, or only say what would; returns what went. Raises `UserError`, without `wait` also while somebody else is writing."
+def _remove(item: Removable, settings: Settings, tracker: Tracker) -> None:
+    "Let one thing go."
+    if item.kind == "run" and not (run := records.get(item.name)).ended_at:
+        records.update(run.id, status=run.status, error=run.error)     # it was killed
+    if item.path: _delete(item.path, settings.home)
+    elif item.kind == "slots": slots.forget(datetime.now(UTC) - timedelta(days=settings.retention.keep_days))
+    else: tracker.delete(item.name)
+
+# %% ../../notebooks/library/schedule/05_retention.ipynb #59edbbc6
+def prune(dry_run: bool = False, wait: bool = False) -> Cleanup:
+    """Let go what may go, or only say what would; returns what went. Raises `UserError`, without `wait` also while
+    somebody else is writing."""
     settings = load_settings()
     tracker = open_tracker(settings)
-    if dry_run: return plan(settings, tracker)
+    if dry_run: return plan_cleanup(settings, tracker)
     with writer("prune", wait):
-        found, gone, notes = plan(settings, tracker), [], []
+        found, gone, notes = plan_cleanup(settings, tracker), [], []
         for item in found.items:
             try:
-                if item.kind == "run" and not (run := records.get(item.name)).ended_at: records.update(run.id, status=run.status, error=run.error)   # it was killed
-                if item.path: _delete(item.path, settings.home)
-                elif item.kind == "slots": slots.forget(datetime.now(UTC) - timedelta(days=settings.retention.keep_days))
-                else: tracker.delete(item.name)
+                _remove(item, settings, tracker)
                 gone.append(item)
             except Exception as error: notes.append(f"{item.kind} {item.name} stays: {' '.join(str(error).split())}")
         for top in ("outputs", "data"):
             if (aside := settings.home / top / ASIDE).exists() and not any(aside.iterdir()): aside.rmdir()
         write_index()                                      # also after a prune that was killed before it came to this
-    return Plan(gone, found.notes + notes)
+    return Cleanup(gone, found.notes + notes)

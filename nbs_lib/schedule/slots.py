@@ -22,16 +22,17 @@ from ..runs import records
 from .jobs import Job, count_slots, last_slot
 
 # %% auto #0
-__all__ = ['OPEN', 'COLUMNS', 'KEPT', 'SCHEMA', 'LATE', 'LEASE', 'Slot', 'State', 'stamp', 'sync', 'plan', 'add', 'due', 'claim',
-           'renew', 'take', 'note', 'drop', 'give_back', 'finish', 'resume', 'remember', 'recall', 'expire', 'states',
-           'history', 'forget', 'lock_of']
+__all__ = ['OPEN', 'COLUMNS', 'KEPT', 'SCHEMA', 'LATE', 'LEASE', 'Slot', 'State', 'stamp', 'sync', 'plan_slots', 'add_slot',
+           'due', 'claim', 'renew', 'take', 'note', 'drop', 'give_back', 'end_attempt', 'resume', 'remember', 'recall',
+           'expire', 'kept', 'states', 'history', 'forget', 'lock_of']
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #69e79497
 OPEN = ("due", "starting", "running")
 
 @dataclass(frozen=True)
 class Slot:
-    "A moment at which a job was due, and what came of it; times are UTC, `not_before` and `lease` seconds since the epoch."
+    """A moment at which a job was due, and what came of it; times are UTC, `not_before` and `lease` seconds since the
+    epoch."""
     job: str
     slot: str                          # 2026-11-21T02:30:00Z
     status: str = "due"                # due | starting | running | completed | failed | cancelled | skipped | missed
@@ -46,6 +47,12 @@ class Slot:
     started_at: str | None = None
     ended_at: str | None = None
     definition: str = ""               # the job as it was then, as JSON
+
+    @property
+    def claimed_token(self) -> str:
+        "The token of a slot that was claimed; raises `ValueError` where it was not."
+        if self.token is None: raise ValueError(f"{self.job}: its run of {self.slot} was not claimed")
+        return self.token
 
     @property
     def trigger(self) -> str: return f"job:{self.job}@{self.slot}"
@@ -110,12 +117,17 @@ LATE = 60   # seconds after which a slot counts as missed
 def _know(db, job: Job, now: datetime, old: State | None = None) -> None:
     "Keep the job as it is; where its times are not those of `old`, its slots begin now."
     since = old.since if old and old.timing == job.timing and old.since <= stamp(now) else stamp(now)
-    db.execute("insert into jobs (name, timing, since, definition, failures) values (?, ?, ?, ?, 0) on conflict do update set "
+    db.execute("insert into jobs (name, timing, since, definition, failures) values (?, ?, ?, ?, 0) on conflict do "
+               "update set "
                "timing = excluded.timing, since = excluded.since, definition = excluded.definition",
                (job.name, job.timing, since, job.model_dump_json()))
 
-def sync(jobs: Iterable[Job], now: datetime, gone: Iterable[str] = ()) -> None:
-    "Remember the jobs as they are; those that are `gone` will be new when they come back."
+def sync(
+    jobs: Iterable[Job],
+    now: datetime,
+    gone: Iterable[str] = (),  # names of jobs whose files are there no more: they will be new when they come back
+) -> None:
+    "Remember the jobs as they are."
     with _database() as db:
         known = {r["name"]: State(**dict(r)) for r in db.execute("select * from jobs")}
         for job in jobs: _know(db, job, now, known.get(job.name))
@@ -125,26 +137,34 @@ def _insert(db, slot: Slot) -> Slot:
     db.execute(f"insert into slots values ({', '.join('?' * len(COLUMNS))})", [getattr(slot, c) for c in COLUMNS])
     return slot
 
-def plan(jobs: Iterable[Job], now: datetime, catch_up: str = "one") -> list[Slot]:
-    "Write down the slots that have come by `now`, and return the new ones; `catch_up`: as in settings.ini."
-    new = []
-    with _database() as db:
-        for job in jobs:
-            state = db.execute("select since, paused from jobs where name = ?", (job.name,)).fetchone()
-            if not state: _know(db, job, now)                          # somebody has moved the file away
-            if not job.enabled or not state or state["paused"]: continue
-            before = db.execute("select max(slot) from slots where job = ? and slot <= ?", (job.name, stamp(now))).fetchone()[0]
-            last, latest = max(before or "", state["since"]), last_slot(job, now)
-            if stamp(latest) <= last: continue
-            missed, status, reason = count_slots(job, datetime.fromisoformat(last), latest) - 1, "due", None
-            going, late = _select(db, f"job = ? and status in {OPEN}", job.name), missed or (now - latest).total_seconds() > LATE
-            if going: status, reason = "missed", f"the run of {going[0].slot} was not over"
-            elif late and catch_up == "none": status, reason = "missed", "the scheduler was not running"
-            new.append(_insert(db, Slot(job.name, stamp(latest), status, missed, reason=reason, definition=job.model_dump_json())))
-    return new
+# %% ../../notebooks/library/schedule/01_slots.ipynb #7b575e75
+def _newly_due(db, job: Job, now: datetime, catch_up: str) -> Slot | None:
+    "The slot of the job that has come since its last one; None where none has."
+    state = db.execute("select since, paused from jobs where name = ?", (job.name,)).fetchone()
+    if not state: _know(db, job, now)                                  # somebody has moved the file away
+    if not job.enabled or not state or state["paused"]: return None
+    before = db.execute("select max(slot) from slots where job = ? and slot <= ?", (job.name, stamp(now))).fetchone()[0]
+    last, latest = max(before or "", state["since"]), last_slot(job, now)
+    if stamp(latest) <= last: return None
+    missed, status, reason = count_slots(job, datetime.fromisoformat(last), latest) - 1, "due", None
+    late = missed or (now - latest).total_seconds() > LATE
+    if going := _select(db, f"job = ? and status in {OPEN}", job.name):
+        status, reason = "missed", f"the run of {going[0].slot} was not over"
+    elif late and catch_up == "none": status, reason = "missed", "the scheduler was not running"
+    return Slot(job.name, stamp(latest), status, missed, reason=reason, definition=job.model_dump_json())
 
-def add(job: Job, now: datetime) -> Slot:
-    "A slot for a run that somebody wants now: its own, or the one that waits; raises `UserError` where the job is running."
+def plan_slots(
+    jobs: Iterable[Job],
+    now: datetime,
+    catch_up: str = "one",  # as in settings.ini: one | none
+) -> list[Slot]:
+    "Write down the slots that have come by `now`, and return the new ones."
+    with _database() as db:
+        return [_insert(db, slot) for job in jobs if (slot := _newly_due(db, job, now, catch_up))]
+
+def add_slot(job: Job, now: datetime) -> Slot:
+    """A slot for a run that somebody wants now: its own, or the one that waits; raises `UserError` where the job is
+    running."""
     with _database() as db:
         if going := _select(db, f"job = ? and (status in {OPEN} or slot = ?)", job.name, stamp(now)):
             if going[0].status == "due": return going[0]
@@ -158,18 +178,27 @@ def due(now: datetime) -> list[Slot]:
     "The slots that may be started."
     with _database() as db: return _select(db, "status = 'due' and not_before <= ? order by slot, job", now.timestamp())
 
-def claim(slot: Slot, now: datetime, parallel: int = 1_000_000, job: Job | None = None) -> Slot | None:
-    "Lease a slot that is due, to be run as `job` is now, unless `parallel` runs are going; None where somebody else has it or there is no room."
+def claim(
+    slot: Slot,
+    now: datetime,
+    parallel: int = 1_000_000,  # so many runs may go at once
+    job: Job | None = None,     # the job as it is now; as it was when it was planned where not given
+) -> Slot | None:
+    "Lease a slot that is due; None where somebody else has it or there is no room."
     with _database() as db:
-        room = db.execute("select count(*) < ? from slots where status in ('starting', 'running')", (parallel,)).fetchone()[0]
+        room = db.execute("select count(*) < ? from slots where status in ('starting', 'running')",
+                          (parallel,)).fetchone()[0]
         if not room or not _select(db, "job = ? and slot = ? and status = 'due'", slot.job, slot.slot): return None
         definition = job.model_dump_json() if job else slot.definition
-        return _set(db, slot, status="starting", token=secrets.token_hex(8), lease=now.timestamp() + LEASE, definition=definition)
+        return _set(db, slot, status="starting", token=secrets.token_hex(8), lease=now.timestamp() + LEASE,
+                    definition=definition)
 
 def renew(tokens: Iterable[str], now: datetime) -> None:
     "Extend the leases of processes that live but have not begun."
     until = now.timestamp() + LEASE
-    with _database() as db: db.executemany("update slots set lease = ? where token = ? and status = 'starting'", [(until, t) for t in tokens])
+    with _database() as db:
+        db.executemany("update slots set lease = ? where token = ? and status = 'starting'",
+                       [(until, t) for t in tokens])
 
 def take(token: str) -> Slot | None:
     "Begin the attempt that the token is for; None where it is good no more."
@@ -177,7 +206,9 @@ def take(token: str) -> Slot | None:
         for found in _select(db, "token = ? and status = 'starting'", token):
             begun = {"attempt": found.attempt + 1, "pid": os.getpid(), "started_at": records.now()}
             return _set(db, found, status="running", ended_at=None, reason=None, **begun)
+    return None
 
+# %% ../../notebooks/library/schedule/01_slots.ipynb #055f9034
 def note(slot: Slot, reason: str | None) -> None:
     "Say why a slot waits, or that it does no longer."
     with _database() as db:
@@ -187,13 +218,16 @@ def note(slot: Slot, reason: str | None) -> None:
 def drop(slot: Slot, reason: str) -> None:
     "Skip a slot that is due."
     with _database() as db:
-        db.execute("update slots set status = 'skipped', reason = ? where job = ? and slot = ? and status = 'due'", (reason, slot.job, slot.slot))
+        db.execute("update slots set status = 'skipped', reason = ? where job = ? and slot = ? and status = 'due'",
+                   (reason, slot.job, slot.slot))
 
 def give_back(slot: Slot, reason: str) -> bool:
     "Let a slot whose process was stopped be due again, as if it had not been begun; returns whether it was."
     with _database() as db:
-        found = _select(db, "job = ? and slot = ? and status in ('starting', 'running', 'cancelled')", slot.job, slot.slot)
-        for s in found: _set(db, s, status="due", token=None, reason=reason, attempt=max(s.attempt - (s.status != "starting"), 0))
+        found = _select(db, "job = ? and slot = ? and status in ('starting', 'running', 'cancelled')", slot.job,
+                        slot.slot)
+        for s in found:
+            _set(db, s, status="due", token=None, reason=reason, attempt=max(s.attempt - (s.status != "starting"), 0))
     return bool(found)
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #55f38936
@@ -201,35 +235,51 @@ def _max_failures() -> int:
     try: return load_settings().schedule.max_failures
     except UserError: return Schedule().max_failures                   # settings that are broken now are told elsewhere
 
-def finish(token: str, status: str, reason: str | None = None, result: str | None = None, mark: dict | None = None) -> Slot | None:
-    "End the attempt of `token`; returns the slot as it is then, `due` where it will be tried again; None where it has ended before."
+def _count_failure(db, job: str, reason: str | None, limit: int) -> None:
+    "One more failure in a row; with the last that is allowed the job is paused."
+    for failures, in db.execute("update jobs set failures = failures + 1 where name = ? returning failures",
+                                (job,)).fetchall():
+        why = f"failed {failures} times in a row, the last time: {reason}"
+        if failures >= limit: db.execute("update jobs set paused = ? where name = ? and paused is null", (why, job))
+
+def end_attempt(
+    token: str,
+    status: str,                # completed | failed | cancelled | skipped
+    reason: str | None = None,  # why it failed or was skipped
+    result: str | None = None,  # what came of it, in a line
+    mark: dict | None = None,   # to remember where it completed
+) -> Slot | None:
+    """End the attempt of `token`; returns the slot as it is then, `due` where it will be tried again; None where it
+    has ended before."""
     limit = _max_failures()
     with _database() as db:
         if not (found := _select(db, "token = ? and status in ('starting', 'running')", token)): return None
         slot, job = found[0], found[0].defined
         begun = slot.attempt + (slot.status == "starting")             # one that did not even start is an attempt too
-        told = {"reason": reason, "result": result, "token": None, "ended_at": records.now(), "attempt": begun}
+        end = {"reason": reason, "result": result, "token": None, "ended_at": records.now(), "attempt": begun}
         if status == "failed" and begun <= job.retries:
             wait = job.backoff * 2 ** (begun - 1)
-            return _set(db, slot, status="due", not_before=datetime.now(UTC).timestamp() + wait, **told)
+            return _set(db, slot, status="due", not_before=datetime.now(UTC).timestamp() + wait, **end)
         if status == "completed":
             db.execute("update jobs set failures = 0 where name = ?", (job.name,))
             if mark: _remember(db, job, mark)
-        if status == "failed":
-            for failures, in db.execute("update jobs set failures = failures + 1 where name = ? returning failures", (job.name,)).fetchall():
-                why = f"failed {failures} times in a row, the last time: {reason}"
-                if failures >= limit: db.execute("update jobs set paused = ? where name = ? and paused is null", (why, job.name))
-        return _set(db, slot, status=status, **told)
+        if status == "failed": _count_failure(db, job.name, reason, limit)
+        return _set(db, slot, status=status, **end)
 
 def resume(name: str, now: datetime) -> None:
     "Start a paused job again with its next slot; raises `UserError` where there is no such job."
     with _database() as db:
-        if not db.execute("update jobs set paused = null, failures = 0, since = ? where name = ?", (stamp(now), name)).rowcount:
-            raise UserError(f"job {name!r} is not known{nearest(name, [r[0] for r in db.execute('select name from jobs')])}")
+        if not db.execute("update jobs set paused = null, failures = 0, since = ? where name = ?",
+                          (stamp(now), name)).rowcount:
+            raise UserError(f"job {name!r} is not "
+                            f"known{nearest(name, [r[0] for r in db.execute('select name from jobs')])}")
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #427c52a6
-def _key(job: Job) -> str: return f"loop {job.parameters.get('recipe') or ''}".strip() if job.loop else f"job {job.name}"
-def _remember(db, job: Job, mark: dict) -> None: db.execute("insert or replace into marks values (?, ?)", (_key(job), json.dumps(mark)))
+def _key(job: Job) -> str:
+    return f"loop {job.parameters.get('recipe') or ''}".strip() if job.loop else f"job {job.name}"
+
+def _remember(db, job: Job, mark: dict) -> None:
+    db.execute("insert or replace into marks values (?, ?)", (_key(job), json.dumps(mark)))
 
 def remember(job: Job, mark: dict) -> None:
     "Keep the job's mark."
@@ -237,27 +287,38 @@ def remember(job: Job, mark: dict) -> None:
 
 def recall(job: Job) -> dict:
     "The job's mark; empty where it has none yet."
-    with _database() as db: return json.loads((db.execute("select mark from marks where key = ?", (_key(job),)).fetchone() or ["{}"])[0])
+    with _database() as db: found = db.execute("select mark from marks where key = ?", (_key(job),)).fetchone()
+    return json.loads(found[0]) if found else {}
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #6ff99ec8
 def expire(now: datetime) -> list[Slot]:
     "Let slots be due again whose lease has run out; returns those that are running, or say that they are."
     with _database() as db:
-        db.execute("update slots set status = 'due', token = null where status = 'starting' and lease not between ? and ?",
-                   (now.timestamp(), now.timestamp() + 2 * LEASE))     # one from the future was given by a clock that was wrong
+        db.execute("update slots set status = 'due', token = null where status = 'starting' and lease not between ? "
+                   "and ?",
+                   # one from the future was given by a clock that was wrong
+                   (now.timestamp(), now.timestamp() + 2 * LEASE))
         return _select(db, "status = 'running'")
+
+def kept() -> bool:
+    "Whether this home has a schedule yet."
+    return (home() / "outputs" / "schedule.sqlite").exists()
 
 def states() -> dict[str, State]:
     "What is remembered of each job, by name."
+    if not kept(): return {}
     with _database() as db: return {r["name"]: State(**dict(r)) for r in db.execute("select * from jobs")}
 
 def history(limit: int = 50, **equal) -> list[Slot]:
     "The newest slots first, of those whose fields equal these values (`job='watch'`)."
+    if not kept(): return []
     where = " and ".join(f"{c} = ?" for c in equal) or "1"
     with _database() as db: return _select(db, f"{where} order by slot desc, job limit ?", *equal.values(), limit)
 
+# %% ../../notebooks/library/schedule/01_slots.ipynb #fddea7de
 def forget(before: datetime, dry_run: bool = False) -> int:
-    "Delete the slots before a moment, save those that are open and the last one of each job, or only count them; returns how many."
+    """Delete the slots before a moment, save those that are open and the last one of each job, or only count them;
+    returns how many."""
     old = f"slot < ? and status not in {OPEN} and slot < (select max(slot) from slots as later where later.job = slots.job)"
     with _database() as db:
         if dry_run: return db.execute(f"select count(*) from slots where {old}", (stamp(before),)).fetchone()[0]

@@ -18,10 +18,13 @@ __all__ = ['by_step', 'decisions', 'said']
 
 # %% ../../notebooks/71_digest.ipynb #ce6c713e
 def by_step(runs: Iterable) -> pd.DataFrame:
-    "One row a step of the run records: runs, completed, failed, cancelled, and the median seconds of the completed ones."
+    """One row a step of the run records: runs, completed, failed, cancelled, and the median seconds of the completed
+    ones."""
     import pandas as pd
-    rows = pd.DataFrame([{"step": r.step, "status": r.status, "seconds": r.seconds} for r in runs], columns=["step", "status", "seconds"])
-    table = pd.crosstab(rows["step"], rows["status"]).reindex(columns=["completed", "failed", "cancelled"], fill_value=0)
+    rows = pd.DataFrame([{"step": r.step, "status": r.status, "seconds": r.seconds} for r in runs],
+                        columns=["step", "status", "seconds"])
+    table = pd.crosstab(rows["step"], rows["status"]).reindex(columns=["completed", "failed", "cancelled"],
+                                                              fill_value=0)
     table.insert(0, "runs", rows.groupby("step").size())
     return table.assign(seconds=rows[rows["status"] == "completed"].groupby("step")["seconds"].median()).sort_values("runs", ascending=False)
 

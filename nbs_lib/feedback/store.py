@@ -64,9 +64,9 @@ def _say(self: Store, db, id: str, user: str, verdict: str, labels: dict[str, st
 def _requeue(self: Store, db, id: str) -> None:
     stands = what_stands(unpacked(r) for r in db.execute("select * from history where id = ? order by seq", [id]))
     [since] = db.execute("select suspect_since from images where id = ?", [id]).fetchone()
+    queues = {"disputed": "review", "unknown": "unknown", "agreed": None}
+    queue = queues[stands["status"]] if stands else "waiting"
     if since is not None and (stands is None or stands["seq"] <= since): queue = "suspects"
-    elif stands is None: queue = "waiting"
-    else: queue = {"disputed": "review", "unknown": "unknown", "agreed": None}[stands["status"]]
     db.execute("update images set queue = ? where id = ?", [queue, id])
 
 # %% ../../notebooks/library/feedback/02_store.ipynb #3be834c8

@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.files import home
 from ..core.links import link
 from ..core.settings import Settings
+from ..feedback.database import has_feedback
 from ..runs import records
 from ..runs.execute import find_notebook
 from ..runs.records import Run
@@ -54,7 +55,7 @@ class RecipeState:
 def _feedback(recipe: str, settings: Settings, runs: Iterable[Run]) -> tuple[dict, int]:
     """The numbers of the recipe's feedback store, and how many agreed answers no merge has seen; nothing where there
     is no store."""
-    if not (settings.home / "data" / "feedback" / recipe / "feedback.sqlite").exists(): return {}, 0
+    if not has_feedback(settings, recipe): return {}, 0
     from nbs_lib.feedback.store import Store
     store, recipes = Store(recipe, settings), {recipe} | ({None} if recipe == settings.project.recipe else set())
     merges = (r for r in runs if r.step == "merge" and r.status == "completed"

@@ -66,13 +66,11 @@ def run(notebook: Annotated[str,
 
 # %% ../../notebooks/library/cli/01_runs.ipynb #a159b9f6
 def _tell(records) -> None:
-    from nbs_lib.runs.messages import notify
-    from nbs_lib.runs.messages import messages
     from nbs_lib.core.settings import load_settings
+    from nbs_lib.runs.messages import messages, send_messages
     settings = load_settings()
     if settings.notify.about != "all": return
-    for message in (m for r in records if r.status != "skipped" for m in messages(r)):
-        for problem in notify(settings=settings, **message): print(problem, file=sys.stderr)
+    for problem in send_messages(messages(*records), settings): print(problem, file=sys.stderr)
 
 # %% ../../notebooks/library/cli/01_runs.ipynb #e0a216be
 @app.command(epilog="Examples:  loopbook loop  ·  loopbook loop --recipe faces --source photos.zip  ·  loopbook loop "
@@ -116,12 +114,12 @@ def _summary(result, judged) -> None:
 @app.command(epilog="Examples:  loopbook runs  ·  loopbook runs --json")
 def runs(as_json: Json = False):
     "List the latest runs, newest first."
+    from nbs_lib.runs.index import duration
     from nbs_lib.runs.records import recent
     found = recent()
     if as_json: return print_json([record(r) for r in found])
-    def took(run): return f"{run.seconds:.1f} s" if run.seconds is not None else ""
-    table(["run", "status", "took", "cell", "started by", "error"],
-          [(r.id, r.status, took(r), r.cell, r.trigger, r.error) for r in found])
+    rows = [(r.id, r.status, duration(r.seconds), r.cell, r.trigger, r.error) for r in found]
+    table(["run", "status", "took", "cell", "started by", "error"], rows)
 
 # %% ../../notebooks/library/cli/01_runs.ipynb #7c1fe10d
 @app.command(epilog="Examples:  loopbook merge  ·  loopbook merge --recipe cats_vs_dogs --force --json")

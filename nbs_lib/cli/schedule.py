@@ -82,8 +82,7 @@ def _look_and_loop(job, force: bool):
     "One look, and the loop if there is anything new; returns how it ended."
     from nbs_lib.runs import records
     from nbs_lib.schedule import slots
-    from nbs_lib.runs.messages import notify
-    from nbs_lib.runs.messages import messages
+    from nbs_lib.runs.messages import messages, send_messages
     from nbs_lib.schedule.attempts import attempt
     began = records.now()
     if force: job = job.model_copy(update={"parameters": job.parameters | {"force": True}})
@@ -91,8 +90,8 @@ def _look_and_loop(job, force: bool):
         if reason: _say(f"waits: {reason}")
     with progress() as (on_step, on_cell): found = attempt(job, "watch", on_wait, slots.recall(job), on_step, on_cell)
     if found.mark: slots.remember(job, found.mark)
-    for run in reversed([r for r in records.recent(20, trigger="watch") if (r.started_at or "") >= began]):
-        for message in messages(run): notify(**message)
+    made = [r for r in records.recent(20, trigger="watch") if (r.started_at or "") >= began]
+    send_messages(messages(*reversed(made)))
     return found
 
 # %% ../../notebooks/library/cli/04_schedule.ipynb #416d7dc8

@@ -70,7 +70,9 @@ def record(run) -> dict:
 def line(run):
     "One line on a run that has ended, with the cell and the error where it failed."
     from rich.text import Text
-    took = f"{run.seconds:7.1f} s" if run.status != "skipped" else "unchanged"
+
+    from nbs_lib.runs.index import duration
+    took = f"{duration(run.seconds):>9}" if run.status != "skipped" else "unchanged"
     text = Text.assemble(f"{run.step:<12}", (f"{run.status:<10}", COLOURS.get(run.status, "bold red")), f" {took}   ",
                          near(run.folder))
     return text.append(f"\n  cell {run.cell}: {run.error}" if run.cell else f"\n  {run.error}",

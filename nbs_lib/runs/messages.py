@@ -5,24 +5,25 @@
 # %% ../../notebooks/library/runs/07_messages.ipynb #289f0ca2
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from ..core.errors import UserError, without_password
 from ..core.settings import Settings, load_settings
 from .records import Run
-from .results import Judged, Merged
+from .results import Judged, Merged, tracked_result
 from ..tracking.tracker import open_tracker
 
 # %% auto #0
-__all__ = ['VARIABLE', 'CLUE', 'KINDS', 'addresses', 'secret_names', 'notify', 'messages']
+__all__ = ['VARIABLE', 'CLUE', 'KINDS', 'Way', 'addresses', 'secret_names', 'notify', 'messages', 'send_messages']
 
 # %% ../../notebooks/library/runs/07_messages.ipynb #c79b0f5d
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -43,81 +44,98 @@ def _expand(address: str) -> str:
     return VARIABLE.sub(value, address)
 
 # %% ../../notebooks/library/runs/07_messages.ipynb #3ebdb1e1
-CLUE = re.compile(r"\[Errno -?\d+\] ([A-Z][a-z]+(?: [a-z]+)*)|(?:error=|\()(\d{3})\b|(timed out|certificate verify failed)")
+CLUE = re.compile(r"\[Errno -?\d+\] ([A-Z][a-z]+(?: [a-z]+)*)|(?:error=|\()(\d{3})\b"
+                  r"|(timed out|certificate verify failed)")
 
 def _why(texts: list[str]) -> str:
     "The clues in what apprise has said."
-    found = [word or f"the server answered {code}" for text in texts for errno, code, other in CLUE.findall(text) for word in [errno or other]]
+    clues = [clue for text in texts for clue in CLUE.findall(text)]
+    found = [errno or other or f"the server answered {code}" for errno, code, other in clues]
     return ", ".join(dict.fromkeys(found)) or "apprise could not send it"
 
 # %% ../../notebooks/library/runs/07_messages.ipynb #276952fb
-class _Said(logging.Handler):
+class _Problems(logging.Handler):
     "Keeps the warnings and exceptions that are logged in the thread that made it."
     def __init__(self):
         super().__init__()
-        self.thread, self.texts = threading.get_ident(), []
+        self.thread = threading.get_ident()
+        self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self.thread and (record.levelno >= logging.WARNING or "Exception: " in record.getMessage()[:40]): self.texts.append(record.getMessage())
+        text = record.getMessage()
+        tells = record.levelno >= logging.WARNING or "Exception: " in text[:40]
+        if tells and record.thread == self.thread: self.texts.append(text)
 
-def _send(address: str, title: str, text: str, kind: str) -> str | None:
-    "Send through apprise; returns why it failed. Raises `UserError`."
+def _send(
+    address: str,    # as in the settings, with its variables
+    title: str,
+    text: str,
+    kind: str,       # apprise's: info | success | warning | failure
+) -> str | None:     # why it failed
+    "Send through apprise; raises `UserError`."
     import apprise
-    log, said = logging.getLogger("apprise"), _Said()
+    log, problems = logging.getLogger("apprise"), _Problems()
     log.propagate = False
     log.setLevel(logging.DEBUG)                            # the exception behind a warning is told as debugging
-    log.addHandler(said)
+    log.addHandler(problems)
     try:
-        service = apprise.Apprise.instantiate(_expand(address), asset=apprise.AppriseAsset(app_id="Loopbook", app_desc="Loopbook", app_url=""))
+        asset = apprise.AppriseAsset(app_id="Loopbook", app_desc="Loopbook", app_url="")
+        service = apprise.Apprise.instantiate(_expand(address), asset=asset)
         if service is None: return "apprise does not take this address"
-        return None if service.notify(body=text, title=title, notify_type=kind, body_format=apprise.NotifyFormat.TEXT) else _why(said.texts)
-    finally: log.removeHandler(said)
-
-def _alert(settings: Settings, title: str, text: str, level: str, run: str | None) -> None:
-    "Send through the tracker; raises `UserError`."
-    open_tracker(settings).alert(title, text, level, run)
+        sent = service.notify(body=text, title=title, notify_type=kind, body_format=apprise.NotifyFormat.TEXT)
+        return None if sent else _why(problems.texts)
+    finally: log.removeHandler(problems)
 
 # %% ../../notebooks/library/runs/07_messages.ipynb #e11c7792
-KINDS = {"failure": "failure", "paused": "warning", "promotion": "success", "refusal": "warning", "parked": "info", "digest": "info", "completed": "info"}
+KINDS = {"failure": "failure", "paused": "warning", "promotion": "success", "refusal": "warning", "parked": "info",
+         "digest": "info", "completed": "info"}
 
-def _ways(event: str, title: str, text: str, settings: Settings, run: str | None) -> dict[str, Callable[[], str | None]]:
+Way = Callable[[], str | None]    # sends a message, and returns why that failed
+
+def _ways(event: str, title: str, text: str, settings: Settings, run: str | None) -> dict[str, Way]:
     "What each way is called -> how to send the message that way."
-    kind, ways = KINDS[event], {}
+    kind, ways = KINDS[event], dict[str, Way]()
     for number, address in enumerate(addresses(settings), 1):
         scheme = re.match(r"[a-z]{2,20}(?=://)", address)
-        ways[f"address {number}" + (f" ({scheme[0]})" if scheme else "")] = lambda a=address: _send(a, title, text, kind)
-    if settings.notify.alerts == "yes": ways["alert"] = lambda: _alert(settings, title, text, "error" if kind == "failure" else "info", run)
+        ways[f"address {number}" + (f" ({scheme[0]})" if scheme else "")] = partial(_send, address, title, text, kind)
+    def alert() -> None: open_tracker(settings).alert(title, text, "error" if kind == "failure" else "info", run)
+    if settings.notify.alerts == "yes": ways["alert"] = alert
     return ways
 
-def notify(event: str, title: str, text: str, settings: Settings | None = None, run: str | None = None, log: Path | None = None) -> list[str]:
-    """Send a message about an event (one of `KINDS`), if `[notify]` wants it; `run`: the id of the tracked run that it is about, which has ended.
-
-    Returns what went wrong, a line each and without secrets, and adds it to the file `log`. Raises nothing but `UserError` for the settings."""
-    settings = settings or load_settings()
-    if event != "completed" and event not in settings.notify.events: return []
-    title, text = without_password(" ".join(title.split()))[:200], without_password(text.strip() or title)[:4000]
+# %% ../../notebooks/library/runs/07_messages.ipynb #ae45f6a1
+def _try_all(ways: dict[str, Way], seconds: float) -> dict[str, str | None]:
+    "Go all ways at the same time, for so many seconds at most; way -> why it failed."
     answers: dict[str, str | None] = {}
     def attempt(way, send):
         try: answers[way] = send()
-        except BaseException as error: answers[way] = str(error) if isinstance(error, UserError) else type(error).__name__
-    threads = {way: threading.Thread(target=attempt, args=(way, send), daemon=True) for way, send in _ways(event, title, text, settings, run).items()}
-    end = time.monotonic() + settings.notify.timeout
-    for thread in threads.values(): thread.start()
-    for thread in threads.values(): thread.join(max(end - time.monotonic(), 0))
-    failed = {way: answers.get(way, f"no answer within {settings.notify.timeout:g} s") for way in threads}
+        except UserError as error: answers[way] = str(error)
+        except BaseException as error: answers[way] = type(error).__name__
+    threads = [threading.Thread(target=attempt, args=way, daemon=True) for way in ways.items()]
+    end = time.monotonic() + seconds
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(max(end - time.monotonic(), 0))
+    return {way: answers.get(way, f"no answer within {seconds:g} s") for way in ways}
+
+# %% ../../notebooks/library/runs/07_messages.ipynb #859046a8
+def notify(
+    event: str,                           # one of `KINDS`
+    title: str,
+    text: str,
+    settings: Settings | None = None,     # None: those of the home
+    run: str | None = None,               # id of the tracked run that it is about, which has ended
+    log: Path | None = None,              # a file to which problems are added
+) -> list[str]:                           # what went wrong, a line each and without secrets
+    "Send a message if `[notify]` wants it; raises nothing but `UserError` for the settings."
+    settings = settings or load_settings()
+    if event != "completed" and event not in settings.notify.events: return []
+    title, text = without_password(" ".join(title.split()))[:200], without_password(text.strip() or title)[:4000]
+    failed = _try_all(_ways(event, title, text, settings, run), settings.notify.timeout)
     problems = [f"message not sent, [notify] {way}: {' '.join(why.split())}" for way, why in failed.items() if why]
     if log and problems:
-        try:
-            with open(log, "a", encoding="utf-8") as file: print(*problems, sep="\n", file=file)
-        except OSError: pass
+        with suppress(OSError), open(log, "a", encoding="utf-8") as file: print(*problems, sep="\n", file=file)
     return problems
 
 # %% ../../notebooks/library/runs/07_messages.ipynb #91e93a09
-def _tracked(run: Run) -> str | None:
-    "The id of the tracked run that the notebook has opened."
-    try: return json.loads((Path(run.folder) / "result.json").read_text(encoding="utf-8"))["run"]["id"]
-    except (OSError, ValueError, KeyError): return None
-
 def _verdict(judged: Judged, of: str) -> list[tuple[str, str, str]]:
     "Event, title and text of what was decided; that production stays what it is, is no news."
     text = "\n".join(map(str, judged.reasons))
@@ -126,11 +144,13 @@ def _verdict(judged: Judged, of: str) -> list[tuple[str, str, str]]:
         return [("refusal", f"{of}the candidate is not promoted", text)]
     return []
 
-def messages(run: Run) -> list[dict]:
-    "What is worth a message, as arguments for `notify`: event, title, text, run and log."
-    told, judged, merged = [], Judged.read(run.summary), Merged.read(run.summary)
+def _events(run: Run) -> list[tuple[str, str, str]]:
+    "Event, title and text of what is worth a message."
+    judged, merged = Judged.read(run.summary), Merged.read(run.summary)
     of = f"{run.parameters['recipe']}: " if run.parameters.get("recipe") else ""
-    if run.status == "failed": told.append(("failure", f"{of}{run.step} failed", f"{f'cell {run.cell}: ' if run.cell else ''}{run.error}"))
+    told: list[tuple[str, str, str]] = []
+    where = f"cell {run.cell}: " if run.cell else ""
+    if run.status == "failed": told.append(("failure", f"{of}{run.step} failed", f"{where}{run.error}"))
     if run.status == "completed":
         if judged: told += _verdict(judged, of)
         if merged and merged.for_experts:
@@ -139,5 +159,21 @@ def messages(run: Run) -> list[dict]:
         if run.step == "digest":
             lines = [f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in run.summary.items()]
             told.append(("digest", f"{of}the digest", "\n".join(lines)))
-    where = f"\n\n{run.id} · {Path(run.folder) / run.step}.html"
-    return [{"event": event, "title": title, "text": text + where, "run": _tracked(run), "log": Path(run.folder) / "log.txt"} for event, title, text in told]
+    return told
+
+# %% ../../notebooks/library/runs/07_messages.ipynb #69874b24
+def messages(*runs: Run) -> list[dict]:
+    "What is worth a message of these runs, as arguments for `notify`: event, title, text, run and log."
+    found = []
+    for run in runs:
+        folder = Path(run.folder)
+        tracked = tracked_result(folder).get("run") or {}
+        about, where = {"run": tracked.get("id"), "log": folder / "log.txt"}, f"{run.id} · {folder / run.step}.html"
+        for event, title, text in _events(run):
+            found.append({"event": event, "title": title, "text": f"{text}\n\n{where}"} | about)
+    return found
+
+def send_messages(found: Iterable[dict], settings: Settings | None = None) -> list[str]:
+    "Send `messages`, as `[notify]` wants them; returns what went wrong. Takes at most `[notify] timeout` for each."
+    settings = settings or load_settings()
+    return [problem for message in found for problem in notify(settings=settings, **message)]

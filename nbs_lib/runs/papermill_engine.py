@@ -55,7 +55,8 @@ class NotebookClient(PapermillNotebookClient):
     "papermill's client, for a run that can be stopped."
     def __init__(self, book, stop, **options):
         super().__init__(book, **options)
-        self.stop, self.printed = stop, Counter()
+        self.stop = stop
+        self.printed: Counter[int] = Counter()         # cell -> characters so far
 
     def start_new_kernel(self, **options):
         super().start_new_kernel(**options)
@@ -87,7 +88,7 @@ def _saved_sparingly(book) -> Iterator[Callable[[], None]]:
 
 # %% ../../notebooks/library/runs/08_papermill_engine.ipynb #7fb8f5ef
 def _blame(book, error: BaseException, reason: str | None) -> None:
-    "Write `error` into the cell where it happened, in the words of `reason` if the run was stopped; raises it where there is no cell."
+    "Write `error` into the cell where it happened, in the words of `reason` if any; raises it where there is no cell."
     cells = [c for c in book.nb.cells if c.cell_type == "code"]
     if not cells: raise error
     begun = [c for c in cells if c.metadata.papermill.start_time]
@@ -111,10 +112,10 @@ class TruthfulEngine(Engine):
         book,                                                # papermill's manager of the notebook
         kernel_name: str,                                    # the kernel that runs it
         *,
-        stop,                                                # has the `reason` to stop, if any, and is told the `kernel`
+        stop,                                                # holds the `reason` to stop, if any; is told the `kernel`
         env: dict[str, str],                                 # the kernel's environment
         log,                                                 # the open file into which the outputs stream
-        on_cell: Callable[[int, int], None] | None = None,   # called before each code cell: its number from 1, of how many
+        on_cell: Callable[[int, int], None] | None = None,   # called before each code cell: its number, of how many
         cell_timeout: float | None = None,                   # seconds for each cell
         **_,
     ) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.errors import UserError, nearest
 
 # %% auto #0
-__all__ = ['NAMES', 'declared', 'words', 'checked']
+__all__ = ['NAMES', 'declared', 'type_name', 'checked']
 
 # %% ../../notebooks/library/runs/03_parameters.ipynb #8c4a7b11
 NAMES = {t.__name__: t for t in (int, float, str, bool, list, dict, tuple, set)} | vars(typing) | {"typing": typing}
@@ -25,11 +25,13 @@ def _annotation(node: ast.expr) -> typing.Any:
         return _annotation(ast.parse(kind, mode="eval").body) if isinstance(kind, str) else kind
     except Exception: return typing.Any
 
-def _of_default(node: ast.expr | None) -> typing.Any:
+def _type_of_default(node: ast.expr) -> typing.Any:
+    "The type of a default; `Any` where it is None or no literal."
     try: kind = type(ast.literal_eval(node))
     except (ValueError, TypeError, SyntaxError): return typing.Any
     return typing.Any if kind is type(None) else kind
 
+# %% ../../notebooks/library/runs/03_parameters.ipynb #0ff9fcd1
 def declared(notebook: Path) -> dict[str, typing.Any]:
     "Name -> type of the parameters in the cell tagged `parameters` of `notebook`; raises `UserError`."
     try: cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
@@ -38,11 +40,14 @@ def declared(notebook: Path) -> dict[str, typing.Any]:
     source = next(("".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])), "")
     try: body = ast.parse(source).body
     except SyntaxError as error:
-        raise UserError(f"{notebook}: line {error.lineno} of the cell tagged 'parameters' is not plain Python; mend it") from None
+        where = f"line {error.lineno} of the cell tagged 'parameters'"
+        raise UserError(f"{notebook}: {where} is not plain Python; mend it") from None
     found = {}
     for line in body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name): found[line.target.id] = _annotation(line.annotation)
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name): found[line.targets[0].id] = _of_default(line.value)
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            found[line.target.id] = _annotation(line.annotation)
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            found[line.targets[0].id] = _type_of_default(line.value)
     return found
 
 # %% ../../notebooks/library/runs/03_parameters.ipynb #d8252983
@@ -55,12 +60,17 @@ def _readings(text: str, kind: typing.Any) -> list:
     if kind is typing.Any: return meanings[1:] + [text]
     return ([None] if text.lower() in ("null", "none") and type(None) in typing.get_args(kind) else []) + meanings
 
-def words(kind: typing.Any) -> str:
+def type_name(kind: typing.Any) -> str:
     "A type as a reader would write it."
     return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace("typing.", "")
 
-def checked(notebook: Path, given: dict, texts: bool = False) -> dict:
-    "`given` as `notebook` declares it, read from `texts` where they come from the command line; raises `UserError`."
+# %% ../../notebooks/library/runs/03_parameters.ipynb #ea881667
+def checked(
+    notebook: Path,        # which has a cell tagged `parameters`, or takes none
+    given: dict,           # name -> value
+    texts: bool = False,   # the values are texts from a command line, to be read
+) -> dict:                 # name -> value, as the notebook declares it
+    "The parameters that a notebook is given, held against their types; raises `UserError`."
     from pydantic import TypeAdapter, ValidationError
     known, values = declared(notebook), {}
     for name, value in given.items():
@@ -72,5 +82,5 @@ def checked(notebook: Path, given: dict, texts: bool = False) -> dict:
             try: values[name] = TypeAdapter(kind).validate_python(meaning, strict=True)
             except ValidationError: continue
             break
-        else: raise UserError(f"parameter {name} = {value!r}: {Path(notebook).name} wants {words(kind)} there")
+        else: raise UserError(f"parameter {name} = {value!r}: {Path(notebook).name} wants {type_name(kind)} there")
     return values

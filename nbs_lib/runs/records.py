@@ -20,8 +20,8 @@ from ..core.files import home, repository
 from ..core.sqlite import disk_errors, open_database, reason_of, transaction
 
 # %% auto #0
-__all__ = ['COLUMNS', 'JSON', 'Run', 'step_name', 'known_as', 'new_id', 'now', 'commit', 'begin', 'update', 'finish', 'get',
-           'recent', 'last_success']
+__all__ = ['COLUMNS', 'JSON', 'NEWEST_FIRST', 'Run', 'step_name', 'known_as', 'new_id', 'now', 'commit', 'begin', 'update',
+           'finish', 'get', 'recent', 'last_success']
 
 # %% ../../notebooks/library/runs/01_records.ipynb #b3249f4f
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         "How long it took, or has been running; None of a killed run."
-        if self.status != "running" and not self.ended_at: return None
+        if not self.started_at or self.status != "running" and not self.ended_at: return None
         end = datetime.fromisoformat(self.ended_at) if self.ended_at else datetime.now(UTC)
         return (end - datetime.fromisoformat(self.started_at)).total_seconds()
 
@@ -62,7 +62,7 @@ def step_name(notebook: str | Path) -> str:
     return re.sub(r"^\d+_", "", Path(notebook).stem) or Path(notebook).stem
 
 def known_as(notebook: str | Path) -> str:
-    "What the runs of a notebook are found by: of a step its name, in whichever checkout it lies; of another notebook its path."
+    "What its runs are found by: of a step its name, in whichever checkout it lies; of another notebook its path."
     return step_name(notebook) if Path(notebook).parent == repository() / "notebooks" else str(notebook)
 
 def new_id(name: str) -> str:
@@ -110,17 +110,19 @@ def _execute(sql: str, values=()) -> list[Run]:
 def _pack(values: dict) -> dict: return {c: json.dumps(v, default=str) if c in JSON else v for c, v in values.items()}
 
 # %% ../../notebooks/library/runs/01_records.ipynb #c38217da
-_locks: dict = {}
-
 def commit() -> str | None:
     "The repository's git commit, with `-dirty` where files have changed since; None outside git."
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=repository(),
-                              capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError): return None
+    return done.stdout.strip()
 
+_locks: dict = {}                                 # id -> the lock of a run that this process has begun
+
+# %% ../../notebooks/library/runs/01_records.ipynb #34b07a03
 def begin(notebook: Path, **values) -> Run:
-    "Make the folder and the row of a run of `notebook` that starts now; `values` are fields of `Run`; raises `UserError`."
+    "Make the folder and the row of a run that starts now; `values` are fields of `Run`; raises `UserError`."
     from filelock import FileLock
     id = new_id(step_name(notebook))
     folder = home() / "outputs" / id
@@ -129,8 +131,10 @@ def begin(notebook: Path, **values) -> Run:
         _locks[id] = FileLock(folder / ".lock")
         _locks[id].acquire(timeout=0)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); make {folder.parent} a writable folder") from None
-    run = Run(id, str(notebook), str(folder), pid=os.getpid(), known_as=known_as(notebook), commit=commit(), started_at=now(), **values)
+        why = error.strerror or error
+        raise UserError(f"{folder}: cannot be written ({why}); make {folder.parent} a writable folder") from None
+    run = Run(id, str(notebook), str(folder), pid=os.getpid(), known_as=known_as(notebook), commit=commit(),
+              started_at=now(), **values)
     row = _pack(asdict(run))
     _execute(f"insert into runs ({_quoted(row)}) values ({', '.join('?' * len(row))})", list(row.values()))
     return run
@@ -162,21 +166,24 @@ def _truthful(run: Run) -> Run:
     if current.status != "running": return current
     return Run(**asdict(current) | {"status": "failed", "error": "killed: its process ended without a word"})
 
+NEWEST_FIRST = "order by started_at desc, rowid desc limit ?"
+
 def get(id: str) -> Run:
     "The run with this id; raises `UserError` where there is none."
     found = _execute("select * from runs where id = ?", [id])
     if not found: raise UserError(f"no run {id!r} in {home() / 'outputs' / 'runs.sqlite'}; `loopbook runs` lists them")
     return _truthful(found[0])
 
+# %% ../../notebooks/library/runs/01_records.ipynb #2614070e
 def recent(limit: int = 50, **fields) -> list[Run]:
     "The newest runs first, of those whose `fields` equal these values (`group='…'`)."
-    where = _quoted(fields, " = ?", " and ") or "1"
-    return [_truthful(r) for r in _execute(f"select * from runs where {where} order by started_at desc, rowid desc limit ?",
-                                           [*fields.values(), limit])]
+    query = f"select * from runs where {_quoted(fields, ' = ?', ' and ') or '1'} {NEWEST_FIRST}"
+    return [_truthful(r) for r in _execute(query, [*fields.values(), limit])]
 
 def last_success(notebook: str | Path, **parameters) -> Run | None:
     "The newest completed run of `notebook`, or of the same step in another checkout, that had these parameters."
-    where = " and ".join("json_extract(parameters, ?) = ?" for _ in parameters) or "1"
-    found = _execute(f"select * from runs where known_as = ? and status = 'completed' and {where} order by started_at desc, rowid desc limit 1",
-                     [known_as(notebook), *(x for k, v in parameters.items() for x in (f"$.{k}", v))])
+    given = ["json_extract(parameters, ?) = ?"] * len(parameters)
+    where = " and ".join(["known_as = ?", "status = 'completed'", *given])
+    paths = [x for name, value in parameters.items() for x in (f"$.{name}", value)]
+    found = _execute(f"select * from runs where {where} {NEWEST_FIRST}", [known_as(notebook), *paths, 1])
     return found[0] if found else None

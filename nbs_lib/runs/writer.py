@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import home, write_atomic
@@ -19,7 +20,9 @@ __all__ = ['Busy', 'busy', 'writer']
 class Busy(UserError):
     "Somebody else is writing."
 
-def _files(): return home() / "outputs" / "loop.lock", home() / "outputs" / "loop.txt"
+def _files() -> tuple[Path, Path]:
+    "The lock, and the note that says who holds it."
+    return home() / "outputs" / "loop.lock", home() / "outputs" / "loop.txt"
 
 def busy() -> str | None:
     "Who is writing now, in words; None where nobody is."
@@ -32,9 +35,12 @@ def busy() -> str | None:
 
 # %% ../../notebooks/library/runs/00_writer.ipynb #c439586d
 @contextmanager
-def writer(who: str, wait: bool = True, told: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Within, this process is the one writer of the home; it may enter again inside. Where somebody else is, `told(reason)` is called and it waits,
-    or without `wait` raises `Busy`; raises `UserError` where the home cannot be written."""
+def writer(
+    who: str,                                        # what others read while they wait
+    wait: bool = True,                               # for somebody else to end; else `Busy` is raised
+    told: Callable[[str], None] | None = None,       # called with the reason before it waits
+) -> Iterator[None]:
+    "Within, this process is the one writer of the home, and may enter again; raises `UserError`."
     from filelock import FileLock, Timeout
     file, note = _files()
     lock = FileLock(file, is_singleton=True, thread_local=False)
@@ -47,7 +53,8 @@ def writer(who: str, wait: bool = True, told: Callable[[str], None] | None = Non
             if told: told(reason)
             lock.acquire()
     except OSError as error:
-        raise UserError(f"{file.parent}: cannot be written ({error.strerror or error}); make it a writable folder") from None
+        why = error.strerror or error
+        raise UserError(f"{file.parent}: cannot be written ({why}); make it a writable folder") from None
     try:
         if lock.lock_counter == 1:
             with suppress(OSError): write_atomic(note, f"{who} (since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC)")

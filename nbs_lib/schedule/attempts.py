@@ -29,8 +29,8 @@ from .slots import Slot
 from ..tracking.versions import dataset_of
 
 # %% auto #0
-__all__ = ['CODE', 'Outcome', 'result_of', 'attempt', 'tell', 'send_in_background', 'start', 'run_slot', 'last_line_printed',
-           'end_dead_attempt', 'mark_killed', 'recover']
+__all__ = ['CODE', 'Outcome', 'result_of', 'attempt', 'send_slot_messages', 'send_in_background', 'start', 'run_slot',
+           'last_line_printed', 'end_dead_attempt', 'mark_killed', 'recover']
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #fbe15965
 @dataclass(frozen=True)
@@ -90,17 +90,16 @@ def _attempt_loop(job: Job, trigger: str, mark: dict | None, on_step, on_cell) -
     return Outcome("completed", None, result_of(last), mark)
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #fd18edcc
-def tell(slot: Slot, settings: Settings) -> None:
+def send_slot_messages(slot: Slot, settings: Settings) -> None:
     """Send what is to be said of a slot that has ended, as its job and `[notify]` want it; takes at most `[notify]
     timeout` a message."""
-    from nbs_lib.runs.messages import notify
-    from nbs_lib.runs.messages import messages
+    from nbs_lib.runs.messages import messages, send_messages
     job = slot.defined
     if job.notify == "never" or slot.status == "due": return
     made = records.recent(100, trigger=slot.trigger)                  # of all attempts, the newest first
-    told = [m for run in reversed(made) for m in messages(run) if m["event"] != "failure"]
+    told = [m for m in messages(*reversed(made)) if m["event"] != "failure"]
     if slot.status == "failed":
-        about = next((m for m in messages(made[0]) if m["event"] == "failure"), {}) if made else {}
+        about = next((m for m in messages(*made[:1]) if m["event"] == "failure"), {})
         told.append({"event": "failure", "title": f"job {job.name} failed", "text": slot.reason or ""}
                     | {k: about[k] for k in ("text", "run", "log") if k in about})
         if (state := slots.states().get(job.name)) and state.paused:
@@ -108,11 +107,11 @@ def tell(slot: Slot, settings: Settings) -> None:
                          "text": f"It {state.paused}. Mend it, then `loopbook schedule --resume {job.name}`."})
     if slot.status == "completed" and job.notify == "always" and not told:
         told.append({"event": "completed", "title": f"job {job.name} is done", "text": slot.result or ""})
-    for message in told: notify(settings=settings, **message)
+    send_messages(told, settings)
 
 def send_in_background(slot: Slot | None) -> Slot | None:
     "The slot; what is to be said of it is on its way, in a thread of its own."
-    if slot: threading.Thread(target=tell, args=(slot, load_settings()), name="message").start()
+    if slot: threading.Thread(target=send_slot_messages, args=(slot, load_settings()), name="message").start()
     return slot
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #36e6d0de
@@ -141,7 +140,7 @@ def run_slot(job: str, token: str) -> None:
             outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
         ended = slots.end_attempt(token, **vars(outcome))
     # the job's lock is free while a slow mail server is waited for
-    if ended: tell(ended, load_settings())
+    if ended: send_slot_messages(ended, load_settings())
 
 def last_line_printed(slot: Slot) -> str:
     "The last line that the process of a job has printed."

@@ -29,8 +29,8 @@ from .slots import Slot
 from ..tracking.versions import dataset_of
 
 # %% auto #0
-__all__ = ['CODE', 'Outcome', 'result_of', 'attempt', 'tell', 'send_in_background', 'start', 'run_slot', 'last_line_printed',
-           'end_dead_attempt', 'mark_killed', 'recover']
+__all__ = ['CODE', 'Outcome', 'result_of', 'attempt', 'send_slot_messages', 'send_in_background', 'start', 'run_slot',
+           'last_line_printed', 'end_dead_attempt', 'mark_killed', 'recover']
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #fbe15965
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _attempt_loop(job: Job, trigger: str, mark: dict | None, on_step, on_cell) -
     return Outcome("completed", None, result_of(last), mark)
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #fd18edcc
-def tell(slot: Slot, settings: Settings) -> None:
+def send_slot_messages(slot: Slot, settings: Settings) -> None:
     """Send what is to be said of a slot that has ended, as its job and `[notify]` want it; takes at most `[notify]
     timeout` a message."""
     from nbs_lib.runs.messages import messages, send_messages
@@ -111,7 +111,7 @@ def tell(slot: Slot, settings: Settings) -> None:
 
 def send_in_background(slot: Slot | None) -> Slot | None:
     "The slot; what is to be said of it is on its way, in a thread of its own."
-    if slot: threading.Thread(target=tell, args=(slot, load_settings()), name="message").start()
+    if slot: threading.Thread(target=send_slot_messages, args=(slot, load_settings()), name="message").start()
     return slot
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #36e6d0de
@@ -140,7 +140,7 @@ def run_slot(job: str, token: str) -> None:
             outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
         ended = slots.end_attempt(token, **vars(outcome))
     # the job's lock is free while a slow mail server is waited for
-    if ended: tell(ended, load_settings())
+    if ended: send_slot_messages(ended, load_settings())
 
 def last_line_printed(slot: Slot) -> str:
     "The last line that the process of a job has printed."

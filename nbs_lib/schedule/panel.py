@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core.links import address
 from ..runs import records
+from ..runs.index import duration, run_files
 from ..runs.records import Run
 from .attempts import recover
 from .daemon import Folder, daemon_is_running, job_table, run_now, short_time
@@ -22,20 +23,19 @@ from .daemon import Folder, daemon_is_running, job_table, run_now, short_time
 __all__ = ['last_runs', 'Panel']
 
 # %% ../../notebooks/library/schedule/04_panel.ipynb #3cc76d99
-def _page(run: Run, ending: str, text: str) -> str:
-    "A Markdown link to a file of the run; nothing where there is none."
-    file = Path(run.folder) / f"{run.step}.{ending}"
-    if not file.exists(): return ""
+def _page(run: Run, kind: str, text: str) -> str:
+    "A Markdown link to a file of the run (one of `run_files`); nothing where there is none."
+    if not (file := run_files(run).get(kind)): return ""
     return f"[{text}]({where})" if (where := address(file)) else f"`{file}`"
 
 def last_runs(limit: int = 15) -> str:
     "The latest runs as a Markdown table."
     lines = ["| run | status | took | started by | | |", "|---|---|---|---|---|---|"]
     for run in records.recent(limit):
-        took = f"{run.seconds:.1f} s" if run.seconds is not None else ""
         error = f" {html.escape(run.error[:120])}".replace("|", "&#124;") if run.error else ""
-        pages = _page(run, "ipynb", "notebook"), _page(run, "html", "report")
-        cells = f"{short_time(run.started_at)} {run.step}", run.status + error, took, run.trigger, *pages
+        pages = _page(run, "notebook", "notebook"), _page(run, "page", "report")
+        when, took = f"{short_time(run.started_at)} {run.step}", duration(run.seconds)
+        cells = when, run.status + error, took, run.trigger, *pages
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -265,7 +265,7 @@ def test_an_idle_kernel_ends_and_the_page_says_so(serve, store, chromium):
     fill(store, 5)
     server = serve("import json; from nbs_lib.web.label_page import serve\n"
                    "def ready(address): print(json.dumps({'address': address}), flush=True)\n"
-                   "serve('127.0.0.1', 0, 'a-token', ready, 'plain', idle=15)")    # a kernel that takes longer to start would end before its page
+                   "serve('127.0.0.1', 0, 'a-token', ready, 'plain', idle=15)")    # less ends it while it starts
     page = server.page(chromium).ready()
     page.key("1")
     wait_for_kernels(server, 0, seconds=60)

@@ -29,8 +29,8 @@ def define(home: Path, name: str, **keys) -> Path:
     return file
 
 
-def until(condition, seconds: float = 60):
-    "What `condition` returns once it is true."
+def until(condition, seconds: float = 300):
+    "What `condition` returns once it is true; a busy machine may take its time."
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "this has not happened"
@@ -55,7 +55,8 @@ def clock():
 def go(daemon: Daemon, clock, seconds: float, status: str = "completed", reason: str | None = None) -> None:
     "What is due at once ends as `status`; then time passes."
     daemon.plan()
-    for slot in slots.due(datetime.now(UTC)): slots.finish(slots.claim(slot, datetime.now(UTC)).token, status, reason)
+    for slot in slots.due(datetime.now(UTC)):
+        slots.finish(slots.claim(slot, datetime.now(UTC)).token, status, reason)
     clock.shift(seconds)
 
 
@@ -76,6 +77,7 @@ def left() -> list:
     "Processes that a runner of this home has left."
     home = os.environ["LOOPBOOK_HOME"]
     def theirs(p):
-        try: return p.environ().get("LOOPBOOK_HOME") == home and p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE
+        if p.pid == os.getpid(): return False
+        try: return p.environ().get("LOOPBOOK_HOME") == home and p.status() != psutil.STATUS_ZOMBIE
         except psutil.Error: return False
     return [p.cmdline() for p in psutil.process_iter() if theirs(p)]

@@ -2,8 +2,8 @@
 
     python tests/count_assertions.py ../old/tests tests
 
-An assertion is an `assert` with each part of its `and`s, `pytest.raises`, `pytest.fail`, and playwright's `expect`; scripts in
-strings are counted too.
+An assertion is each part of an `assert` with `and`, `pytest.raises`, `pytest.fail` and playwright's `expect`; those of
+scripts in strings count too.
 """
 import ast
 import sys

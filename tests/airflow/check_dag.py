@@ -52,8 +52,8 @@ def test_airflow_goes_round_the_loop(tmp_path):
     environment = os.environ | {
         "AIRFLOW_HOME": str(tmp_path / "airflow"), "AIRFLOW__CORE__DAGS_FOLDER": str(FILE.parent),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "LOOPBOOK": str(LOOPBOOK), "LOOPBOOK_HOME": str(tmp_path / "home"),
-        "NETRC": str(tmp_path / "none"), "LOOPBOOK_RECIPE_FACES__IMAGES": "120", "LOOPBOOK_TRACKING__BACKEND": "trackio",
-        "LOOPBOOK_GATE__MIN_ACCURACY": "0.5"}
+        "NETRC": str(tmp_path / "none"), "LOOPBOOK_RECIPE_FACES__IMAGES": "120",
+        "LOOPBOOK_TRACKING__BACKEND": "trackio", "LOOPBOOK_GATE__MIN_ACCURACY": "0.5"}
     def run(*words, **keys):
         return subprocess.run(words, env=environment, capture_output=True, text=True, **keys)
     airflow = Path(sys.executable).with_name("airflow")

@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([
-    "nbdev.test", "IPython", "torch", "torchvision", "timm", "pandas", "pyarrow.parquet", "scipy.optimize",
-    "sklearn.linear_model", "sklearn.metrics", "sklearn.model_selection", "matplotlib.pyplot",
-    "matplotlib_inline.backend_inline", "papermill", "nbconvert", "jupyter_client", "ipywidgets", "httpx", "typer"])
+SERVER.set_forkserver_preload(["heavy"])
 
 
 def run_examples(notebook: Path, root: Path, environment: dict[str, str], log: Path) -> None:

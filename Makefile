@@ -1,5 +1,6 @@
 # make loop      set up, then download, train, evaluate and gate the embedded recipe; RECIPE=name SOURCE=folder-or-zip for your own photos
-# make test      set up, then run all tests
+# make test      set up, then run all tests but the few that `make test-slow` adds
+# make test-slow before a release: what repeats on a large scale what other tests have shown on a small one
 # make install   set up alone: .venv with the command `loopbook`
 # make lab       open the notebooks in JupyterLab
 # make notebooks after editing notebooks: clean them and export them to nbs_lib
@@ -16,7 +17,7 @@ UV = $(shell command -v uv || echo $(BIN)/uv)
 WORKERS ?= auto
 export UV_LINK_MODE ?= hardlink
 
-.PHONY: install loop test test-faults test-airflow lab notebooks check screenshot bench lock
+.PHONY: install loop test test-slow test-faults test-airflow lab notebooks check screenshot bench lock
 
 install: .venv/.installed
 
@@ -30,12 +31,13 @@ install: .venv/.installed
 loop: install
 	@$(BIN)/loopbook loop $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(SOURCE),--source "$(SOURCE)")
 
-# whole loops use all cores themselves, and browsers and faults want a quiet machine: they come after the parallel ones
-ALONE := tests/test_train.py tests/test_whole_loop.py tests/test_closing_loop.py tests/test_faults.py
+# one by one to whichever worker is free, the longest first
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not browser" $(addprefix --ignore ,$(ALONE)) tests
-	for file in $(ALONE); do $(BIN)/python -m pytest $$file || exit 1; done
-	$(BIN)/python -m pytest -m browser --ignore tests/test_whole_loop.py tests
+	$(PYTEST) -m "not slow" tests
+
+test-slow: install
+	$(PYTEST) -m slow tests
 
 test-faults: install
 	FAULTS=100 $(BIN)/python -m pytest -m faults --timeout 7200 tests
@@ -54,7 +56,7 @@ notebooks: install
 	$(BIN)/nbdev-export
 
 check: install
-	$(BIN)/python -m pytest tests/test_project.py -k "not examples"
+	$(BIN)/python -m pytest tests/test_project.py
 	$(BIN)/ruff check .
 
 screenshot: install

@@ -66,12 +66,12 @@ def jupyterlab(folder: Path, own: Path, environment: dict) -> Iterator[tuple[sub
     try: yield lab, f"http://127.0.0.1:{port}/lab/tree/"
     finally:
         lab.terminate()
-        lab.wait(30)
+        lab.wait(120)
 
 
 def open_notebook(page, address: str) -> None:
     "Open a notebook in JupyterLab, which may still be starting, and run all of it."
-    for _ in range(120):
+    for _ in range(600):
         try:
             page.goto(f"{address}?token=tok&reset")
             break
@@ -80,7 +80,7 @@ def open_notebook(page, address: str) -> None:
 
 
 def run_all(page) -> None:
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=90_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=300_000)
     page.evaluate("""async () => {
         await window.jupyterapp.restored;
         await window.jupyterapp.commands.execute('runmenu:run-all');

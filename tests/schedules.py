@@ -29,8 +29,8 @@ def define(home: Path, name: str, **keys) -> Path:
     return file
 
 
-def until(condition, seconds: float = 60):
-    "What `condition` returns once it is true."
+def until(condition, seconds: float = 300):
+    "What `condition` returns once it is true; a busy machine may take its time."
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "this has not happened"

@@ -19,7 +19,14 @@ def picture(kind: str, seed: int, size: int = 48) -> bytes:
     return file.getvalue()
 
 
-def small_dataset(folder: Path, n: int = 40, kinds: tuple[str, ...] = ("red", "blue"), first: int = 0, parent: Dataset | None = None) -> Dataset:
-    "`n` pictures with one target, colour."
-    items = [Item(f"{kinds[i % len(kinds)]}/{first + i}.jpg", picture(kinds[i % len(kinds)], first + i), {"colour": kinds[i % len(kinds)]}) for i in range(n)]
+def small_dataset(
+    folder: Path,
+    n: int = 40,                                # pictures
+    kinds: tuple[str, ...] = ("red", "blue"),   # classes of the one target, colour; they take turns
+    first: int = 0,                             # number of the first picture
+    parent: Dataset | None = None,
+) -> Dataset:
+    def item(number: int, kind: str) -> Item:
+        return Item(f"{kind}/{number}.jpg", picture(kind, number), {"colour": kind})
+    items = [item(first + i, kinds[i % len(kinds)]) for i in range(n)]
     return write_version(folder, items, name="small", source="drawn by the tests", parent=parent)

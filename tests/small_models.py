@@ -16,7 +16,8 @@ NAME = "faces-model"
 
 
 def forget_trackio():
-    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]   # it stores in one folder per process
+    "Trackio stores in one folder per process: imported again, it takes that of the home there is then."
+    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]
 
 
 def bundle(folder: Path, seed: int) -> Path:
@@ -25,7 +26,8 @@ def bundle(folder: Path, seed: int) -> Path:
     how = preprocessing_of(backbone, 96)
     torch.manual_seed(seed)
     network = Network(backbone, how, {"colour": ["blue", "green", "red"], "size": ["big", "small"]}).eval()
-    return save_model(folder, network, how, {"backbone": "tf_efficientnet_lite0", "mode": "head", "temperature": {"colour": 1.0, "size": 2.0}})
+    card = {"backbone": "tf_efficientnet_lite0", "mode": "head", "temperature": {"colour": 1.0, "size": 2.0}}
+    return save_model(folder, network, how, card)
 
 
 def log(tracker, folder: Path):

@@ -17,7 +17,8 @@ def png(n: int, size: int = 8) -> bytes:
     return file.getvalue()
 
 
-def said(p: float, model: str = "pets-model:v3") -> dict: return {"model": model, "targets": {"animal": {"cat": p, "dog": 1 - p}}}
+def said(p: float, model: str = "pets-model:v3") -> dict:
+    return {"model": model, "targets": {"animal": {"cat": p, "dog": 1 - p}}}
 
 
 @pytest.fixture

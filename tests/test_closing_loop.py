@@ -1,4 +1,4 @@
-"""The loop closes, on real photos: a poor model, what people say of its answers, a better model; and sabotage that is refused."""
+"""The loop closes, on real photos: a poor model, what people say, a better model; and sabotage that is refused."""
 import csv
 import io
 import json
@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED
 from PIL import Image, ImageOps
+from small_models import forget_trackio
 
 PHOTOS, INCOMING = SHARED / "data" / "cats_dogs.zip", SHARED / "data" / "cats_dogs_incoming.zip"
-pytestmark = pytest.mark.skipif(not (PHOTOS.exists() and INCOMING.exists()), reason=f"no photos: {SHARED / 'data'} is missing")
+HAVE = PHOTOS.exists() and INCOMING.exists()
+pytestmark = pytest.mark.skipif(not HAVE, reason=f"no photos: {SHARED / 'data'} is missing")
 
 
 def loopbook(*words):
     "What the command prints as JSON."
-    done = subprocess.run([Path(sys.executable).with_name("loopbook"), *words, "--json"], capture_output=True, text=True, timeout=400, cwd=ROOT)
+    command = [Path(sys.executable).with_name("loopbook"), *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -40,7 +43,7 @@ def newest():
 
 def answered_by(predictor, version: str, photo: bytes) -> bool:
     "Whether the predictor answers with the version before long; it answers all the while."
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         if predictor.predict_one(photo)["model"] == version == predictor.version: return True
         time.sleep(0.2)
@@ -54,10 +57,11 @@ def pets(home):
         names = sorted(source.namelist())
         for kind, count in (("cat", 37), ("dog", 3)):
             for name in [n for n in names if n.startswith(kind)][:count]: target.writestr(name, source.read(name))
-    (home / "settings.ini").write_text("[project]\nrecipe = pets\n[tracking]\nbackend = trackio\n[recipe.pets]\nsource = pets.zip\ntarget = animal\n")
-    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]  # it stores in one folder per process
+    (home / "settings.ini").write_text("[project]\nrecipe = pets\n[tracking]\nbackend = trackio\n"
+                                       "[recipe.pets]\nsource = pets.zip\ntarget = animal\n")
+    forget_trackio()
     yield home
-    for name in [m for m in list(sys.modules) if m.partition(".")[0] == "trackio"]: del sys.modules[name]
+    forget_trackio()
 
 
 def mirrored(photo: bytes) -> bytes:
@@ -66,7 +70,7 @@ def mirrored(photo: bytes) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_the_loop_closes(pets):
     from nbs_lib.feedback.store import Store
     from nbs_lib.serving.predictor import Predictor
@@ -75,11 +79,13 @@ def test_the_loop_closes(pets):
     first = loop()
     if first["evaluate"]["decision"] != "promote": loopbook("promote", "candidate")
     start, predictor, store = newest(), Predictor(), Store()
-    assert len(start.rows) == 40 and predictor.version == "pets-model:v0" and "merge" not in first, "nobody has said anything"
+    assert len(start.rows) == 40 and predictor.version == "pets-model:v0"
+    assert "merge" not in first, "nobody has said anything"
 
     # people see its answers to photos and say what is right: one in ten is wrong, one in twenty is not known
     with zipfile.ZipFile(INCOMING) as source:
-        truth = {row["file_name"]: row["label"] for row in csv.DictReader(io.StringIO(source.read("labels.csv").decode()))}
+        rows = csv.DictReader(io.StringIO(source.read("labels.csv").decode()))
+        truth = {row["file_name"]: row["label"] for row in rows}
         photos = {name: source.read(name) for name in truth}
     names, chance, right = list(truth), random.Random(1), 0
     wrong = set(chance.sample(names, 24))
@@ -88,9 +94,11 @@ def test_the_loop_closes(pets):
         prediction = predictor.predict_one(photos[name])
         guess = next(iter(prediction["targets"]["animal"]))
         right += guess == truth[name]
-        said = None if name in unknown else truth[name] if name not in wrong else ("dog" if truth[name] == "cat" else "cat")
+        mistaken = "dog" if truth[name] == "cat" else "cat"
+        said = None if name in unknown else mistaken if name in wrong else truth[name]
+        kind = "unknown" if said is None else "confirmed" if said == guess else "corrected"
         id, new = store.add(photos[name], name, "ada", prediction)
-        store.answer(id, "ada", "unknown" if said is None else "confirmed" if said == guess else "corrected", said and {"animal": said}, prediction)
+        store.answer(id, "ada", kind, said and {"animal": said}, prediction)
         assert new
     again = [n for n in names if n not in wrong | unknown][:10]
     for name in again:                                              # ten are sent twice
@@ -98,7 +106,7 @@ def test_the_loop_closes(pets):
         store.answer(id, "bob", "corrected", {"animal": truth[name]})
         assert not new
     held = start.rows[start.rows["split"] != "train"]
-    for id, photo in list(start.images(held["id"]))[:10]:           # and ten are photos, mirrored, that the model is judged by
+    for id, photo in list(start.images(held["id"]))[:10]:   # and ten are photos, mirrored, that the model is judged by
         sent, _ = store.add(mirrored(photo), "mirrored.jpg", "bob")
         store.answer(sent, "bob", "corrected", {"animal": held.set_index("id").loc[id, "animal"]})
 
@@ -106,14 +114,18 @@ def test_the_loop_closes(pets):
     second = loop()
     grown = newest()
     assert second["download"]["status"] == "skipped" and grown.card["parent"] == start.ref
-    assert {k: second["merge"][k] for k in ("joins", "corrects", "waits", "left_out")} == {"joins": 228, "corrects": 0, "waits": 12, "left_out": 10}
+    merged = {k: second["merge"][k] for k in ("joins", "corrects", "waits", "left_out")}
+    assert merged == {"joins": 228, "corrects": 0, "waits": 12, "left_out": 10}
     before, after = start.rows.set_index("id")["split"], grown.rows.set_index("id")["split"]
     assert (after[before.index] == before).all() and len(after) == 268 and after.index.is_unique, "nothing has moved"
     judged = second["evaluate"]
-    print(f"right on the stream {right / 240:.3f}; test accuracy {judged['production_accuracy']} -> {judged['accuracy']} on {(after == 'test').sum()} images")
-    assert judged["decision"] == "promote" and judged["accuracy"]["animal"] > judged["production_accuracy"]["animal"], judged["reasons"]
+    print(f"right on the stream {right / 240:.3f}; on {(after == 'test').sum()} test images",
+          f"accuracy {judged['production_accuracy']} -> {judged['accuracy']}")
+    assert judged["decision"] == "promote", judged["reasons"]
+    assert judged["accuracy"]["animal"] > judged["production_accuracy"]["animal"], judged["reasons"]
     assert answered_by(predictor, "pets-model:v1", photos[names[0]])
-    better = sum(next(iter(p["targets"]["animal"])) == truth[n] for n, p in zip(names, predictor.predict([photos[n] for n in names]), strict=True))
+    answers = zip(names, predictor.predict([photos[n] for n in names]), strict=True)
+    better = sum(next(iter(p["targets"]["animal"])) == truth[n] for n, p in answers)
     assert better > right
     assert {s["status"] for s in loop().values()} == {"skipped"}, "nothing is new"
 
@@ -124,7 +136,8 @@ def test_the_loop_closes(pets):
         store.answer(id, "mallory", "corrected", {"animal": "cat"}, review=True)
     third = loop()
     assert third["merge"]["corrects"] == len(taught) - 3 and newest().card["parent"] == grown.ref
-    assert third["evaluate"]["decision"] == "keep" and any("'dog' lost" in reason for reason in third["evaluate"]["reasons"])
+    assert third["evaluate"]["decision"] == "keep"
+    assert any("'dog' lost" in reason for reason in third["evaluate"]["reasons"])
     assert third["evaluate"]["production"] == "pets-model:v1" and predictor.version == "pets-model:v1"
 
     # and a person goes back

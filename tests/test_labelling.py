@@ -100,14 +100,14 @@ class Page:
         page.on("pageerror", lambda e: self.problems.append(str(e)))
         page.on("request", lambda r: self.asked.append(r.url))
 
-    def ready(self, timeout: float = 90):
+    def ready(self, timeout: float = 300):
         self.page.locator(".labeller img.photo").wait_for(timeout=timeout * 1000)
         self.page.wait_for_function("document.querySelector('.labeller').dataset.token > 0")
         return self
 
     def enter(self, name: str) -> None:
         "Give a name, as the notebook asks for one."
-        self.page.locator(".enter-name input").fill(name, timeout=90_000)
+        self.page.locator(".enter-name input").fill(name, timeout=300_000)
         self.page.keyboard.press("Enter")
         self.ready()
 
@@ -118,9 +118,9 @@ class Page:
         "Do something, wait until the labeller is ready for the next, note what was saved; returns what it says."
         before, said = self.token(), self.text("status")
         action()
-        self.page.wait_for_function(f"document.querySelector('.labeller').dataset.token > {before}", timeout=15_000)
+        self.page.wait_for_function(f"document.querySelector('.labeller').dataset.token > {before}", timeout=60_000)
         self.page.wait_for_function("said => document.querySelector('.labeller .status').textContent !== said",
-                                    arg=said, timeout=15_000)
+                                    arg=said, timeout=60_000)
         if found := re.fullmatch(r"Saved: (.*) is (.*)", self.text("status")): self.saved[found[1]] = found[2]
         elif found := re.fullmatch(r"Taken back: (.*)", self.text("status")): self.saved.pop(found[1], None)
         return self.text("status")
@@ -162,8 +162,8 @@ def stop(process: subprocess.Popen) -> list[psutil.Process]:
     "Ask a server to end; returns the processes it had and that live on."
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    process.wait(30)
-    return psutil.wait_procs(children, timeout=5)[1]
+    process.wait(120)
+    return psutil.wait_procs(children, timeout=60)[1]
 
 
 # ---- in JupyterLab
@@ -196,9 +196,9 @@ def test_in_jupyterlab_by_keyboard_and_mouse_with_a_kernel_that_dies(lab, store,
     labeller.key("1")
     os.kill(kernel.pid, signal.SIGKILL)
     page.keyboard.press("2")
-    page.get_by_text("Not saved yet").wait_for(timeout=20_000)
+    page.get_by_text("Not saved yet").wait_for(timeout=120_000)
     assert labeller.saved == standing(store)
-    page.locator(".jp-Dialog button.jp-mod-accept").click(timeout=30_000)     # "the kernel has died and is restarted"
+    page.locator(".jp-Dialog button.jp-mod-accept").click(timeout=120_000)    # "the kernel has died and is restarted"
     run_all(page)
     labeller.enter("ann")
     for n in range(5): labeller.key("12"[n % 2])
@@ -234,7 +234,7 @@ class Served:
     def page(self, chromium, query: str = "&user=ann", **options) -> Page:
         page = chromium.new_context(viewport={"width": 1280, "height": 800}, **options).new_page()
         opened = Page(page)
-        page.goto(self.address + query, timeout=180_000)
+        page.goto(self.address + query, timeout=300_000)
         return opened
 
 
@@ -268,10 +268,10 @@ def test_an_idle_kernel_ends_and_the_page_says_so(serve, store, chromium):
                    "serve('127.0.0.1', 0, 'a-token', ready, 'plain', idle=15)")    # less ends it while it starts
     page = server.page(chromium).ready()
     page.key("1")
-    wait_for_kernels(server, 0, seconds=60)
+    wait_for_kernels(server, 0, seconds=120)
     assert not server.kernels() and page.saved == standing(store)
     page.page.keyboard.press("2")
-    page.page.get_by_text("Not saved yet").wait_for(timeout=20_000)
+    page.page.get_by_text("Not saved yet").wait_for(timeout=120_000)
     page.page.reload()
     page.ready().key("2")
     assert page.saved == standing(store) and len(page.saved) == 2
@@ -340,7 +340,7 @@ def test_photos_are_dropped_in_large_ones_too(served, store, chromium, tmp_path)
     large, too_large = (tmp_path / "large.png").stat().st_size, (tmp_path / "too large.png").stat().st_size
     assert 10 < large / 2**20 < 13 < too_large / 1e6
     page = served.page(chromium)
-    page.page.get_by_text("Nothing waits here").wait_for(timeout=90_000)
+    page.page.get_by_text("Nothing waits here").wait_for(timeout=300_000)
     page.shoot("labeller-empty")
     with page.page.expect_file_chooser() as chooser: page.page.get_by_role("button", name="Add photos…").click()
     chooser.value.set_files([tmp_path / n for n in ("large.png", "too large.png", "no photo.jpg", "small.jpg")])
@@ -357,7 +357,7 @@ def test_photos_are_dropped_in_large_ones_too(served, store, chromium, tmp_path)
         const event = new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer: drop });
         document.querySelector('.labeller img.photo').dispatchEvent(event);
     }""", b64encode(picture("blue", 6)).decode())
-    page.page.get_by_text("Added: 1 new", exact=True).wait_for(timeout=20_000)
+    page.page.get_by_text("Added: 1 new", exact=True).wait_for(timeout=120_000)
     assert store.stats()["images"] == 3 and page.text("caption") in ("large.png", "small.jpg") and not page.problems
     assert not page.page.get_by_text("Add folder").count(), "a page's visitor has no business in the server's folders"
     page.leave()

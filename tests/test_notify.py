@@ -134,7 +134,7 @@ def test_what_goes_wrong_is_told_without_the_password(told, mail, hook, monkeypa
                     f"mailto://{robot}:{silent.getsockname()[1]}?{who}&cto=60", timeout=2)
     began = time.monotonic()
     problems = notify("failure", "train failed", "why", settings, log=tmp_path / "log.txt")
-    assert 1.5 < time.monotonic() - began < 3
+    assert 1.5 < time.monotonic() - began < 50, "2 s as [notify] has it, not 60 as the address has it"
     assert [p.partition("[notify] address ")[2] for p in problems] == [
         "1 (json): the server answered 403", "2 (json): Connection refused",
         "3 (slack): environment variable NOT_SET is not set", "4: apprise does not take this address",

@@ -34,7 +34,9 @@ def near(one: dict, other: dict) -> bool:
 
 def test_threads_are_answered_without_a_failure_while_versions_are_promoted_and_rolled_back(production):
     images = [picture(kind, seed) for seed in range(2) for kind in ("red", "blue")]
+    start = time.perf_counter()
     own = {f"{NAME}:{v}": own_answers(production, v, images) for v in ("v0", "v1")}
+    pace = time.perf_counter() - start                     # of this machine, now: two models loaded, eight answers
     assert not near(own[f"{NAME}:v0"][0], own[f"{NAME}:v1"][0])
     predictor, over, wrong = Predictor(settings=production[0]), threading.Event(), []
     latest = [None] * 4
@@ -55,14 +57,14 @@ def test_threads_are_answered_without_a_failure_while_versions_are_promoted_and_
             change(production[1], NAME)
             start = time.perf_counter()
             while set(latest) != {f"{NAME}:{then}"}:
-                assert time.perf_counter() < start + 20, latest
+                assert time.perf_counter() < start + 120, latest
                 time.sleep(0.02)
             took.append(time.perf_counter() - start)
     finally:
         over.set()
         for thread in threads: thread.join()
     assert not wrong, wrong[:3]
-    assert min(took) < 5, "the slowest one may have met a busy machine"
+    assert min(took) < 5 + 2 * pace, "the slowest one may have met a busy machine"
 
 
 def test_a_stream_goes_over_to_the_new_version_between_two_batches(production):
@@ -139,7 +141,7 @@ def slow(*a):
     return load(*a)
 predictor._load_version = slow
 promote(follower._tracker, "faces-model", "v1")
-assert begun.wait(20)
+assert begun.wait(120)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -164,7 +166,7 @@ for change, then in ((partial(promote, version="v1"), "v1"), (rollback, "v0")):
     change(other, NAME)
     start = time.perf_counter()
     while predictor.predict_one(data)["model"] != NAME + ":" + then:
-        assert time.perf_counter() < start + 20
+        assert time.perf_counter() < start + 120
         time.sleep(0.02)
 """
     env = {n: v for n, v in os.environ.items()

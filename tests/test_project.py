@@ -62,13 +62,6 @@ def test_notebooks_hold_no_outputs_and_no_volatile_metadata(notebook):
         assert set(cell["metadata"]) <= {"tags"}
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_the_examples_in_a_notebook_hold(notebook, tmp_path):
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(("LOOPBOOK_", "WANDB_", "TRACKIO_"))} | {"LOOPBOOK_HOME": str(tmp_path)}
-    done = subprocess.run([Path(sys.executable).with_name("nbdev-test"), notebook], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0 and "Success" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("step", STEPS, ids=lambda p: p.stem)
 def test_cleaning_keeps_the_one_parameters_cell_of_a_step(step, tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -188,7 +188,7 @@ def test_following_a_log_until_the_run_has_ended(home):
         with open(log, "a") as file: file.write("ne\n" + "y" * 3_000_000)
         records.finish(run.id, "completed")
         rest = following.stdout.read()
-        assert rest == b"half a line\n" + b"y" * 3_000_000 and following.wait(20) == 0
+        assert rest == b"half a line\n" + b"y" * 3_000_000 and following.wait(300) == 0
 
 
 SAYS_HELLO = """
@@ -213,7 +213,7 @@ def test_following_ends_when_the_run_is_killed_or_the_reader_has_enough(home):
             assert impatient.wait(20) == 0 and impatient.stderr.read() == b""
         with subprocess.Popen(follow, stdout=pipe) as following:
             threading.Timer(1, run.kill).start()
-            assert following.stdout.read().endswith(b"more\n") and following.wait(20) == 0
+            assert following.stdout.read().endswith(b"more\n") and following.wait(300) == 0
 
 
 # Clearing up

@@ -101,12 +101,12 @@ def test_run_all_in_jupyterlab_and_run_now(here, tmp_path):
     with jupyterlab(here, tmp_path, dict(os.environ)) as (_, address), chromium() as shown:
         page = shown.new_page(viewport={"width": 1200, "height": 1000})
         open_notebook(page, f"{address}notebooks/schedule.ipynb")
-        page.locator(".widget-html-content", has_text="No daemon is running here").wait_for(timeout=90_000)
+        page.locator(".widget-html-content", has_text="No daemon is running here").wait_for(timeout=300_000)
         assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
         for n in range(2): page.get_by_role("button", name="Run now").nth(n).click()
-        expect(page.locator(".widget-gridbox")).to_contain_text("ZeroDivisionError", timeout=90_000)
-        expect(page.locator(".widget-gridbox")).to_contain_text("completed 20", timeout=90_000)
-        expect(page.locator(".widget-output table tbody tr")).to_have_count(2, timeout=30_000)
+        expect(page.locator(".widget-gridbox")).to_contain_text("ZeroDivisionError", timeout=300_000)
+        expect(page.locator(".widget-gridbox")).to_contain_text("completed 20", timeout=300_000)
+        expect(page.locator(".widget-output table tbody tr")).to_have_count(2, timeout=300_000)
         page.locator(".widget-output").scroll_into_view_if_needed()
         report = urljoin(page.url, page.locator(".widget-output a", has_text="report").first.get_attribute("href"))
         assert "started by job:" in page.request.get(report, params={"token": "tok"}).text()

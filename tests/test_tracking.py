@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import time  # noqa: F401  scripts take all names from here
 import urllib.request
 from pathlib import Path
 
@@ -108,9 +108,9 @@ def contract(folder: Path) -> None:
     got = tracker.download("birds:production")
     assert got == tracker.settings.home / "data" / "artifacts" / "birds" / "v0"
     assert {p.relative_to(got).as_posix() for p in got.rglob("*") if p.is_file()} == {"weights", "sub/card.json"}
-    begun = time.perf_counter()
+    file = (got / "weights").stat()
     assert tracker.download("birds:v0") == got and (got / "weights").read_text() == "1"
-    assert time.perf_counter() - begun < 0.5
+    assert (file.st_ino, file.st_mtime_ns) == ((now := (got / "weights").stat()).st_ino, now.st_mtime_ns), "it is not fetched again"
     mine = tracker.download("birds:v1", folder / "mine")
     assert (mine / "weights").read_text() == "22" and tracker.download("birds:v1", mine) == mine
     with pytest.raises(UserError, match="holds something else"): tracker.download("birds:v0", mine)
@@ -249,7 +249,7 @@ assert seen == {{"v0", "v1"}}, seen
     python("tracker = open_tracker()\nfor i in range(40): tracker.set_alias(f'm:v{(i + 1) % 2}', 'production')",
            cwd=home, env=env)
     (home / "stop").touch()
-    _, errors = reader.communicate(timeout=60)
+    _, errors = reader.communicate(timeout=300)
     assert reader.returncode == 0, errors
 
 
@@ -302,7 +302,7 @@ whole_folder(Path({str(target)!r}), half)""", check=False)
            "print(len(list(folder.rglob('*'))), (folder / 'weights').read_text())"
     both = [subprocess.Popen([sys.executable, "-c", code], env=os.environ | env, stdout=subprocess.PIPE, text=True)
             for _ in range(2)]
-    assert [p.communicate(timeout=60)[0].split() for p in both] == [["3", "1"]] * 2
+    assert [p.communicate(timeout=300)[0].split() for p in both] == [["3", "1"]] * 2
     assert not target.with_name(".v0.part").exists()
 
 
@@ -365,8 +365,8 @@ def test_dashboard_is_served_on_the_loopback_interface(home):
         line = process.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/\?project=birds", line)
         assert url and "token" not in line, line
-        with urllib.request.urlopen(url[0], timeout=10) as page: assert page.status == 200
+        with urllib.request.urlopen(url[0], timeout=120) as page: assert page.status == 200
     finally:
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=20)
+        out, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in errors, errors

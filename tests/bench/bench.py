@@ -1,4 +1,4 @@
-"""What Loopbook costs on two cores, beside what people use today, on real photos; prints a table and writes outputs/bench.json.
+"""What Loopbook costs on two cores, beside what people use today, on real photos; a table, and outputs/bench.json.
 
     make bench                      everything
     python tests/bench/bench.py predict help      some of it
@@ -33,7 +33,8 @@ def loop(source: Path) -> tuple[float, float, dict]:
     "Run the loop on a source; seconds, peak memory of all its processes together (GiB), and what it printed."
     import psutil
     start = time.perf_counter()
-    process = subprocess.Popen([LOOPBOOK, "loop", "--recipe", "cats_vs_dogs", "--source", str(source), "--json"], stdout=subprocess.PIPE, text=True)
+    command = [LOOPBOOK, "loop", "--recipe", "cats_vs_dogs", "--source", str(source), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak, over = [0], threading.Event()
 
     def watch():
@@ -73,8 +74,10 @@ def bench_loop() -> None:
     record("whole loop, peak memory", memory, "GiB", "< 4")
     record("test accuracy", summary_of(answer, "evaluate")["accuracy"]["label"], "", ">= 0.985")
     with zipfile.ZipFile(DATA / "cats_dogs_incoming.zip") as incoming, zipfile.ZipFile(photos, "a") as archive:
-        rows = incoming.read(next(n for n in incoming.namelist() if n.endswith("labels.csv"))).decode().splitlines()[1:101]
-        for name, label in (row.split(",") for row in rows): archive.writestr(f"{label}/new_{name}", incoming.read(name))
+        table = next(n for n in incoming.namelist() if n.endswith("labels.csv"))
+        for row in incoming.read(table).decode().splitlines()[1:101]:
+            name, label = row.split(",")
+            archive.writestr(f"{label}/new_{name}", incoming.read(name))
     seconds, _, answer = loop(photos)
     record("loop after 100 new photos", seconds, "s", "< 20")
     new = summary_of(answer, "download")["rows"] - 2143
@@ -86,19 +89,23 @@ def bench_loop() -> None:
         rows = incoming.read(next(n for n in incoming.namelist() if n.endswith("labels.csv"))).decode().splitlines()
         (said / "labels.csv").write_text("\n".join([rows[0], *rows[101:201]]))
         for name in (row.split(",")[0] for row in rows[101:201]): (said / name).write_bytes(incoming.read(name))
-    subprocess.run([LOOPBOOK, "feedback", "import", said, "--user", "bench", "--recipe", "cats_vs_dogs"], check=True, stdout=subprocess.DEVNULL)
+    command = [LOOPBOOK, "feedback", "import", said, "--user", "bench", "--recipe", "cats_vs_dogs"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds, _, answer = loop(photos)
     record("loop after 100 answers", seconds, "s", "< 20", str(answer["decision"]))
     embedded = sum(summary_of(answer, step)["images_embedded"] for step in ("train", "evaluate"))
-    record("old photos embedded again after answers", max(0, embedded - 100), "photos", "0", f"{embedded} embedded, 100 new")
+    again = max(0, embedded - 100)
+    record("old photos embedded again after answers", again, "photos", "0", f"{embedded} embedded, 100 new")
 
 
 def plain_recipe(epochs: int = 10, steps: int = 20) -> float:
-    "Seconds of the recipe people use today, extrapolated from a few steps: torchvision's ResNet-18, ImageFolder, batch 32, fp32, Adam."
+    """Seconds of the recipe people use today, extrapolated from a few steps: torchvision's ResNet-18, ImageFolder,
+    batch 32, fp32, Adam."""
     import torch
     import torchvision
     from torchvision import transforms
-    how = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    flip = transforms.RandomHorizontalFlip()
+    how = transforms.Compose([transforms.RandomResizedCrop(224), flip, transforms.ToTensor()])
     images = torchvision.datasets.ImageFolder(extracted(), how)
     network = torchvision.models.resnet18()
     optimizer = torch.optim.Adam(network.parameters())
@@ -133,10 +140,12 @@ def bench_embed() -> None:
         start = time.perf_counter()
         done = sum(len(batch) for batch, _ in run_images(files, how, engine, 64))
         ours = done / (time.perf_counter() - start)
-        resize = transforms.Compose([transforms.Resize(round(how.size / how.crop), transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(how.size),
-                                     transforms.ToTensor(), transforms.Normalize(how.mean, how.std)])
+        resize = transforms.Compose([
+            transforms.Resize(round(how.size / how.crop), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(how.size), transforms.ToTensor(), transforms.Normalize(how.mean, how.std)])
         backbone, done = create_backbone(name), 0
-        batches = iter(torch.utils.data.DataLoader(torchvision.datasets.ImageFolder(extracted(), resize), 64, num_workers=2))
+        images = torchvision.datasets.ImageFolder(extracted(), resize)
+        batches = iter(torch.utils.data.DataLoader(images, 64, num_workers=2))
         with torch.no_grad():
             backbone(next(batches)[0])
             start = time.perf_counter()
@@ -211,20 +220,24 @@ def bench_help() -> None:
 def bench_feedback() -> None:
     import bench_feedback as feedback
     for measure in (feedback.import_images, feedback.store_writes):
-        for name, (value, unit) in measure(Path(tempfile.mkdtemp(dir=WORK)), DATA / "cifar10.zip").items(): record(name, value, unit)
+        found = measure(Path(tempfile.mkdtemp(dir=WORK)), DATA / "cifar10.zip")
+        for name, (value, unit) in found.items(): record(name, value, unit)
 
 
 def bench_labelling() -> None:
     from bench_labelling import labelling
     with zipfile.ZipFile(DATA / "birds.zip") as archive:       # any photos will do
         photos = [(Path(n).name, archive.read(n)) for n in archive.namelist() if n.endswith(".jpg")][:200]
+    targets = {"p95_ms": "< 100", "labels_a_minute": ">= 60"}
     in_production()
-    for name, value in labelling(HOME, "cats_vs_dogs", photos).items(): record(f"labelling page, {name.replace('_', ' ')}", value, "", {"p95_ms": "< 100", "labels_a_minute": ">= 60"}.get(name, ""))
+    for name, value in labelling(HOME, "cats_vs_dogs", photos).items():
+        record(f"labelling page, {name.replace('_', ' ')}", value, "", targets.get(name, ""))
 
 
 def alone(script: str) -> dict:
     "What a benchmark in a process and a home of its own has measured."
-    return json.loads(subprocess.run([sys.executable, Path(__file__).with_name(script)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    command = [sys.executable, Path(__file__).with_name(script)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def bench_merge() -> None:
@@ -234,11 +247,14 @@ def bench_merge() -> None:
 def bench_schedule() -> None:
     targets = {"overhead, over papermill": "<= 0.5", "a_day, run / due": "1"}
     for group, found in alone("bench_schedule.py").items():
-        for name, value in found.items(): record(f"{group}, {name}", value, "s" if group == "overhead" else "", targets.get(f"{group}, {name}", ""))
+        for name, value in found.items():
+            what = f"{group}, {name}"
+            record(what, value, "s" if group == "overhead" else "", targets.get(what, ""))
 
 
-BENCHES = {"help": bench_help, "loop": bench_loop, "predict": bench_predict, "embed": bench_embed, "dataset": bench_dataset,
-           "labelling": bench_labelling, "feedback": bench_feedback, "merge": bench_merge, "schedule": bench_schedule}
+BENCHES = {"help": bench_help, "loop": bench_loop, "predict": bench_predict, "embed": bench_embed,
+           "dataset": bench_dataset, "labelling": bench_labelling, "feedback": bench_feedback, "merge": bench_merge,
+           "schedule": bench_schedule}
 
 
 def main(names: list[str]) -> None:

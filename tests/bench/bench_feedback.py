@@ -34,8 +34,10 @@ def import_images(folder: Path, zip: Path, images: int = 10_000) -> dict:
     import pandas  # noqa: F401  not what is measured
     start = time.perf_counter()
     export(store, folder / "answers.csv")
-    return {f"feedback, import of {images:,} images": (seconds[0], "s"), "feedback, images imported": (images / seconds[0], "images/s"),
-            "feedback, the same import again": (seconds[1], "s"), f"feedback, export of {images:,} answers": (time.perf_counter() - start, "s")}
+    return {f"feedback, import of {images:,} images": (seconds[0], "s"),
+            "feedback, images imported": (images / seconds[0], "images/s"),
+            "feedback, the same import again": (seconds[1], "s"),
+            f"feedback, export of {images:,} answers": (time.perf_counter() - start, "s")}
 
 
 WRITER = """
@@ -51,7 +53,8 @@ for id in ids: store.answer(id, user, "corrected", {"label": "cat"})
 
 
 def store_writes(folder: Path, zip: Path, answers: int = 2000, processes: int = 4) -> dict:
-    "Answers a second of one labeller, each on disk before the next one, the 95th percentile of one, and answers a second of several processes."
+    """Answers a second of one labeller, each on disk before the next one, the 95th percentile of one, and answers a
+    second of several processes."""
     from nbs_lib.feedback.exchange import take_in
     store, times = _store(folder), []
     take_in(store, _items(zip, 2 * answers, labelled=False), "bench", {"label": []})
@@ -59,11 +62,15 @@ def store_writes(folder: Path, zip: Path, answers: int = 2000, processes: int = 
         start = time.perf_counter()
         store.answer(q.id, "one", "corrected", {"label": "cat"})
         times.append(1000 * (time.perf_counter() - start))
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, folder, f"writer {n}", str(answers // processes)], cwd=ROOT,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n in range(processes)]
+    def writer(n: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", WRITER, folder, f"writer {n}", str(answers // processes)]
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    writers = [writer(n) for n in range(processes)]
     for p in writers: p.stdout.readline()
     start = time.perf_counter()
-    for p in writers: p.stdin.write("go\n"); p.stdin.flush()
+    for p in writers: print("go", file=p.stdin, flush=True)
     for p in writers: p.communicate()
-    return {"feedback, answers saved": (1000 * len(times) / sum(times), "answers/s"), "feedback, one answer, p95": (statistics.quantiles(times, n=20)[-1], "ms"),
-            f"feedback, answers saved by {processes} processes": (answers // processes * processes / (time.perf_counter() - start), "answers/s")}
+    together = answers // processes * processes / (time.perf_counter() - start)
+    return {"feedback, answers saved": (1000 * len(times) / sum(times), "answers/s"),
+            "feedback, one answer, p95": (statistics.quantiles(times, n=20)[-1], "ms"),
+            f"feedback, answers saved by {processes} processes": (together, "answers/s")}

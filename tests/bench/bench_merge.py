@@ -1,4 +1,4 @@
-"""What it costs to take 1,000 answers into a dataset of 60,000 images; CIFAR-10 of ../shared/data stands for the images."""
+"""What it costs to take 1,000 answers into a dataset of 60,000 images; they are those of ../shared/data/cifar10.zip."""
 import io
 import json
 import os
@@ -13,7 +13,8 @@ CIFAR = ROOT.parent / "shared" / "data" / "cifar10.zip"
 
 def stored(home: Path) -> int:
     "Bytes on the disk, shared files counted once."
-    return sum({(s.st_dev, s.st_ino): s.st_size for s in map(os.stat, filter(os.path.isfile, (home / "data").rglob("*")))}.values())
+    files = [p.stat() for p in (home / "data").rglob("*") if p.is_file()]
+    return sum({(s.st_dev, s.st_ino): s.st_size for s in files}.values())
 
 
 def bench_merge(answers: int = 1000) -> dict:
@@ -30,7 +31,9 @@ def bench_merge(answers: int = 1000) -> dict:
     settings = load_settings()
     tracker, store = open_tracker(settings), Store("faces", settings)
     with tracker.start("cifar-download", "download") as run:
-        data, _ = add_version("faces", settings, tracker, run, lambda folder, parent: write_version(folder, read_items(CIFAR, "label"), name="faces", source="cifar10.zip"))
+        def write(folder: Path, parent):
+            return write_version(folder, read_items(CIFAR, "label"), name="faces", source="cifar10.zip")
+        data, _ = add_version("faces", settings, tracker, run, write)
     labels, numbers = data.rows.set_index("id")["label"], {"images": len(data.rows)}
 
     def turned(file: bytes) -> bytes:
@@ -40,12 +43,16 @@ def bench_merge(answers: int = 1000) -> dict:
 
     for name, first in (("first", 0), ("later", answers)):
         chosen = list(labels.index[first:first + answers])
-        with store.staging() as place:                              # photos that the dataset has not: turned upright to the left
-            store.admit(place, [Sent(store.stage(place, turned(file)), "turned.jpg", "ada", {"label": labels[id]}) for id, file in data.images(chosen)], data.targets)
+        with store.staging() as place:             # photos that the dataset has not: turned upright to the left
+            def sent(id: str, file: bytes) -> Sent:
+                return Sent(store.stage(place, turned(file)), "turned.jpg", "ada", {"label": labels[id]})
+            store.admit(place, [sent(id, file) for id, file in data.images(chosen)], data.targets)
         before, start = stored(settings.home), time.perf_counter()
         with tracker.start("cifar-merge", "merge") as run: data, _, found = merge("faces", settings, tracker, run)
-        numbers |= {f"{name} merge, s": round(time.perf_counter() - start, 2), f"{name} merge, bytes added": stored(settings.home) - before,
-                    f"{name} merge, joined": sum(a.outcome == "joins" for a in found), f"{name} merge, left out": sum(a.outcome == "left out" for a in found)}
+        numbers |= {f"{name} merge, s": round(time.perf_counter() - start, 2),
+                    f"{name} merge, bytes added": stored(settings.home) - before,
+                    f"{name} merge, joined": sum(a.outcome == "joins" for a in found),
+                    f"{name} merge, left out": sum(a.outcome == "left out" for a in found)}
     return numbers
 
 

@@ -29,14 +29,25 @@ def home():
         finally: os.environ.pop("LOOPBOOK_HOME") if before is None else os.environ.update(LOOPBOOK_HOME=before)
 
 
+NBCLIENT = """
+import nbformat, nbclient
+notebook = nbformat.read("trivial.ipynb", 4)
+nbclient.NotebookClient(notebook).execute()
+nbformat.write(notebook, "out.ipynb")
+"""
+
+
 def overhead(cells: int = 10, times: int = 5) -> dict:
-    "Seconds of one run, start to end of its process, of a notebook of trivial cells: a scheduled run, papermill and nbclient, by turns; medians."
+    """Seconds of one run, start to end of its process, of a notebook of trivial cells: a scheduled run, papermill and
+    nbclient, by turns; medians."""
     from nbs_lib.schedule import slots
     from nbs_lib.schedule.attempts import start
     from nbs_lib.schedule.jobs import Job
     with home() as folder:
         notebook = folder / "trivial.ipynb"
-        nbformat.write(new_notebook(cells=[new_code_cell(f"x = {i}") for i in range(cells)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), notebook)
+        kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+        trivial = [new_code_cell(f"x = {i}") for i in range(cells)]
+        nbformat.write(new_notebook(cells=trivial, metadata=kernel), notebook)
         job, at = Job(name="bench", notebook="trivial.ipynb", every="1d"), datetime.now(UTC)
         slots.sync([job], at)
 
@@ -44,9 +55,10 @@ def overhead(cells: int = 10, times: int = 5) -> dict:
             now = at + timedelta(seconds=n + 1)
             assert start(slots.claim(slots.add_slot(job, now), now)).wait() == 0 and slots.history()[0].status == "completed"
 
-        def cli(*words): return lambda n: subprocess.run([*map(str, words)], check=True, capture_output=True, cwd=folder)
-        nbclient = "import nbformat, nbclient; nb = nbformat.read('trivial.ipynb', 4); nbclient.NotebookClient(nb).execute(); nbformat.write(nb, 'out.ipynb')"
-        ways = {"scheduled run": scheduled, "papermill": cli(LOOPBOOK.with_name("papermill"), notebook, "out.ipynb"), "nbclient": cli(sys.executable, "-c", nbclient)}
+        def cli(*words):
+            return lambda n: subprocess.run([*map(str, words)], check=True, capture_output=True, cwd=folder)
+        ways = {"scheduled run": scheduled, "papermill": cli(LOOPBOOK.with_name("papermill"), notebook, "out.ipynb"),
+                "nbclient": cli(sys.executable, "-c", NBCLIENT)}
         took = {name: [] for name in ways}
         for n in range(times):
             for name, way in ways.items():
@@ -68,31 +80,40 @@ for _ in range(20):
     began = time.perf_counter()
     daemon.tick()
     ticks.append(time.perf_counter() - began)
-print(json.dumps({"first look (s)": first, "tick (s)": sorted(ticks)[10], "memory (MiB)": psutil.Process().memory_info().rss / 2**20}))
+memory = psutil.Process().memory_info().rss / 2**20
+print(json.dumps({"first look (s)": first, "tick (s)": sorted(ticks)[10], "memory (MiB)": memory}))
 """
 
 
 def thousand_jobs(jobs: int = 1000) -> dict:
-    "A daemon with so many jobs: seconds of its first look at their files and of a tick, and its memory; beside a daemon without jobs."
+    """A daemon with so many jobs: seconds of its first look at their files and of a tick, and its memory; beside a
+    daemon without jobs."""
     found = {}
+    cell = new_code_cell("a: int = 1", metadata={"tags": ["parameters"]})
     for count in (0, jobs):
         with home() as folder:
             (folder / "scheduled").mkdir()
-            nbformat.write(new_notebook(cells=[new_code_cell("a: int = 1", metadata={"tags": ["parameters"]})]), folder / "a.ipynb")
-            for n in range(count): (folder / "scheduled" / f"job{n}.yaml").write_text(f"notebook: a.ipynb\ndaily: {n % 24:02}:{n % 60:02}\ntimezone: Europe/Berlin\nparameters: {{a: {n}}}\n")
-            found[count] = json.loads(subprocess.run([sys.executable, "-c", THOUSAND], check=True, capture_output=True, text=True).stdout)
+            nbformat.write(new_notebook(cells=[cell]), folder / "a.ipynb")
+            for n in range(count):
+                when = f"daily: {n % 24:02}:{n % 60:02}\ntimezone: Europe/Berlin\n"
+                file = folder / "scheduled" / f"job{n}.yaml"
+                file.write_text(f"notebook: a.ipynb\n{when}parameters: {{a: {n}}}\n")
+            done = subprocess.run([sys.executable, "-c", THOUSAND], check=True, capture_output=True, text=True)
+            found[count] = json.loads(done.stdout)
     return found[jobs] | {"memory without jobs (MiB)": found[0]["memory (MiB)"]}
 
 
 NOTHING = """
 import os, sqlite3, sys
 with sqlite3.connect(os.path.join(os.environ["LOOPBOOK_HOME"], "outputs", "schedule.sqlite"), timeout=30) as db:
-    db.execute("update slots set status = 'completed', attempt = attempt + 1, token = null where token = ? and status = 'starting'", sys.argv[2:])
+    db.execute("update slots set status = 'completed', attempt = attempt + 1, token = null "
+               "where token = ? and status = 'starting'", sys.argv[2:])
 """
 
 
 def a_day(jobs: int = 1) -> dict:
-    "A day of one-minute jobs on a fast clock: slots that ran, each in a process of its own that only writes so down, for slots that were due."
+    """A day of one-minute jobs on a fast clock: slots that ran, each in a process of its own that only writes so down,
+    for slots that were due."""
     import time_machine
 
     from nbs_lib.schedule import attempts, slots
@@ -113,7 +134,8 @@ def a_day(jobs: int = 1) -> dict:
             rows = slots.history(10**6)
     finally: attempts.CODE = code
     ran = sum(s.status == "completed" and s.attempt == 1 and s.missed == 0 for s in rows)
-    return {"slots due": jobs * 24 * 60, "slots run": ran, "run / due": ran / (jobs * 24 * 60), "seconds": time.perf_counter() - began}
+    due = jobs * 24 * 60
+    return {"slots due": due, "slots run": ran, "run / due": ran / due, "seconds": time.perf_counter() - began}
 
 
 if __name__ == "__main__": print(json.dumps({f.__name__: f() for f in (overhead, thousand_jobs, a_day)}, indent=1))

@@ -27,7 +27,7 @@ def configure(home: Path, backend: str, project: str) -> None:
 def python(code: str, *, env: dict | None = None, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     "Run code in a process of its own (Trackio stores in one folder per process), with this module's names."
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_tracking import *\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | (env or {}), capture_output=True, text=True, timeout=120, **kwargs)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | (env or {}), capture_output=True, text=True, timeout=600, **kwargs)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -4,7 +4,7 @@
 # make install   set up alone: .venv with the command `loopbook`
 # make lab       open the notebooks in JupyterLab
 # make notebooks after editing notebooks: clean them and export them to nbs_lib
-# make check     are the notebooks clean, is nbs_lib in step with them, does ruff find anything
+# make check     are the notebooks clean, is nbs_lib in step with them, do ruff and mypy find anything
 # make screenshot the README's picture, of a run made now
 # make test-faults  kills the daemon, the runner and the kernel at random moments, a hundred times
 # make test-airflow runs the Airflow DAG under a real Airflow, in an environment of its own
@@ -16,6 +16,7 @@ BIN := .venv/bin
 UV = $(shell command -v uv || echo $(BIN)/uv)
 WORKERS ?= auto
 export UV_LINK_MODE ?= hardlink
+unexport PYTHONDONTWRITEBYTECODE   # some images set it: then every start would compile all libraries anew
 
 .PHONY: install loop test test-slow test-faults test-airflow lab notebooks check screenshot bench lock
 
@@ -58,6 +59,7 @@ notebooks: install
 check: install
 	$(BIN)/python -m pytest tests/test_project.py
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 screenshot: install
 	FACES=1200 $(BIN)/python -m pytest tests/test_whole_loop.py -k browser

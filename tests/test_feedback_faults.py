@@ -59,7 +59,7 @@ def test_processes_share_a_store_and_one_is_killed(store):
         for n in range(4)
     ]
     for p in labellers: assert p.stdout.readline() == "ready\n"
-    def go(p): p.stdin.write("go\n"); p.stdin.flush()
+    def go(p): print("go", file=p.stdin, flush=True)
     go(labellers[0])
     saved = [labellers[0].stdout.readline().strip() for _ in range(5)]
     for p in labellers[1:]: go(p)
@@ -141,8 +141,8 @@ print(step)
 
 @pytest.mark.faults
 def test_killed_between_any_two_steps(home):
-    """Each home sees one kill, before the next call that touches a file or the database; what is there is whole, and doing
-    it again ends where it should."""
+    """Each home sees one kill, before the next call that touches a file or the database; what is there is whole, and
+    doing it again ends where it should."""
     done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 80

@@ -18,8 +18,8 @@ from nbs_lib.core.settings import load_settings
 from nbs_lib.data.images import image_id
 from nbs_lib.data.items import Item
 from nbs_lib.data.write import hash_split, write_version
-from nbs_lib.feedback.merge import weigh, write_merged
 from nbs_lib.feedback.database import last_word
+from nbs_lib.feedback.merge import weigh, write_merged
 from nbs_lib.feedback.store import Store
 
 KINDS = ("fig", "plum")

@@ -150,7 +150,8 @@ def test_run_timeout(home, make, tmp_path, enough):
 def test_timeout_of_a_deaf_notebook(home, make, tmp_path, monkeypatch, enough):
     monkeypatch.setattr("nbs_lib.runs.execute.GRACE", 1)
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
-    run = run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=f"get_ipython().kernel.pre_handler_hook = lambda: None; {deaf}")), timeout=enough)
+    then = f"get_ipython().kernel.pre_handler_hook = lambda: None; {deaf}"
+    run = run_notebook(make(SLEEPERS.format(pids=tmp_path / "pids", then=then)), timeout=enough)
     assert run.status == "failed" and run.error == f"timed out after {enough} s" and gone(tmp_path / "pids")
 
 
@@ -331,7 +332,8 @@ print(os.environ['LOOPBOOK_RUN_ID'], os.getcwd(), os.getppid(), flush=True)"""
         assert gone(tmp_path / "pids")
         for code, word in [("raise ValueError('no')", "ValueError"), (KILL, "DeadKernelError")]:
             assert word in run_notebook(make(code, "1")).error
-        run = run_notebook(make("import os\nif not os.fork():\n    while True: pass", SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)")), timeout=enough)
+        sleepers = SLEEPERS.format(pids=tmp_path / "pids", then="time.sleep(300)")
+        run = run_notebook(make("import os\nif not os.fork():\n    while True: pass", sleepers), timeout=enough)
         assert run.error == f"timed out after {enough} s" and gone(tmp_path / "pids")
         session = int((tmp_path / "pids").read_text().split()[0])
         left = [p for p in psutil.process_iter()

@@ -251,7 +251,8 @@ def test_old_slots_are_pruned_but_open_ones_and_the_last_of_each_job(home, setti
     now = datetime.now(UTC)
     def done(job, days):
         moment = now - timedelta(days=days)
-        slots.end_attempt(slots.claim(slots.add_slot(Job(name=job, notebook="a.ipynb", every="1d"), moment), moment).token, "completed")
+        added = slots.add_slot(Job(name=job, notebook="a.ipynb", every="1d"), moment)
+        slots.end_attempt(slots.claim(added, moment).token, "completed")
     for days in (30, 20, 12, 5): done("daily", days)
     for days in (40, 30): done("retired", days)
     open_one = slots.add_slot(Job(name="waits", notebook="a.ipynb", every="1d"), now - timedelta(days=60))

@@ -28,7 +28,7 @@ def python(code: str, *, env: dict | None = None, check: bool = True, **kwargs) 
     "Run code in a process of its own (Trackio stores in one folder per process), with this module's names."
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_tracking import *\n{code}"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | (env or {}), capture_output=True, text=True,
-                          timeout=120, **kwargs)
+                          timeout=600, **kwargs)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -110,7 +110,8 @@ def contract(folder: Path) -> None:
     assert {p.relative_to(got).as_posix() for p in got.rglob("*") if p.is_file()} == {"weights", "sub/card.json"}
     file = (got / "weights").stat()
     assert tracker.download("birds:v0") == got and (got / "weights").read_text() == "1"
-    assert (file.st_ino, file.st_mtime_ns) == ((now := (got / "weights").stat()).st_ino, now.st_mtime_ns), "it is not fetched again"
+    assert (file.st_ino, file.st_mtime_ns) == ((now := (got / "weights").stat()).st_ino, now.st_mtime_ns), \
+        "it is not fetched again"
     mine = tracker.download("birds:v1", folder / "mine")
     assert (mine / "weights").read_text() == "22" and tracker.download("birds:v1", mine) == mine
     with pytest.raises(UserError, match="holds something else"): tracker.download("birds:v0", mine)

@@ -106,7 +106,7 @@ def class_numbers(rows: pd.DataFrame, targets: dict[str, list[str]]) -> dict[str
 
 # %% ../../notebooks/library/data/03_dataset.ipynb #f9f7d492
 def image_places(dataset: Dataset, ids: Sequence[str]) -> np.ndarray:
-    "int32 (n, 3) for `ids`: the number of the shard among `dataset.shards`, of the row group in it, and of the row in that."
+    "int32 (n, 3) for `ids`: the number of the shard in `dataset.shards`, of the row group in it, of the row in that."
     import pandas as pd
     import pyarrow.parquet as pq
     places = []

@@ -23,7 +23,8 @@ __all__ = ['draw_evaluation', 'draw_mistakes']
 def _draw_confusion(axes: Axes, matrix: np.ndarray, shown: np.ndarray, classes: list[str]) -> None:
     "The confusion of the classes numbered `shown`."
     from sklearn.metrics import ConfusionMatrixDisplay
-    display = ConfusionMatrixDisplay(matrix[np.ix_(shown, shown)], display_labels=[plot_text(classes[i]) for i in shown])
+    names = [plot_text(classes[i]) for i in shown]
+    display = ConfusionMatrixDisplay(matrix[np.ix_(shown, shown)], display_labels=names)
     display.plot(ax=axes, colorbar=False, cmap="Blues", xticks_rotation=45)
 
 def _draw_roc(axes: Axes, labels: np.ndarray, probabilities: np.ndarray, classes: dict[int, str]) -> None:

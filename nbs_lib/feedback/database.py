@@ -65,7 +65,7 @@ def unpacked(row: sqlite3.Row) -> dict:
 # %% ../../notebooks/library/feedback/01_database.ipynb #f5724cf4
 def store_errors(place: Path, what: str = "this was not saved, all before it is") -> AbstractContextManager[None]:
     "Within, troubles of the disk and the file are raised as a `UserError` that says what came of it: `what`."
-    def sentence(error: Exception) -> str:
+    def sentence(error: OSError | sqlite3.Error) -> str:
         reason = reason_of(error)
         advice = "free some space" if reason == DISK_FULL else "see to it that it can be read and written"
         return f"{place}: {reason}; {what}; {advice} and do it again"
@@ -124,7 +124,7 @@ def last_word(recipe: str, settings: Settings) -> int:
     "The number of the last row in a recipe's history; 0 where nothing was said yet; raises `UserError`."
     file = feedback_file(settings, recipe)
     if not file.exists(): return 0
-    def sentence(error: Exception) -> str:
+    def sentence(error: OSError | sqlite3.Error) -> str:
         return f"{file}: cannot be read ({reason_of(error)}); see to it that it is a feedback store"
     with disk_errors(sentence), closing(open_database(file, read_only=True)) as db:
         return db.execute("select coalesce(max(seq), 0) from history").fetchone()[0]

@@ -93,8 +93,8 @@ def loss_of(
 ) -> torch.Tensor:            # nats
     "Mean cross-entropy over targets."
     from torch.nn.functional import cross_entropy
-    how = {"ignore_index": -1, "label_smoothing": smoothing, "reduction": "sum"}
-    parts = [cross_entropy(z.float(), y, **how) / (y >= 0).sum().clamp(min=1)
+    def total(z, y): return cross_entropy(z.float(), y, ignore_index=-1, label_smoothing=smoothing, reduction="sum")
+    parts = [total(z, y) / (y >= 0).sum().clamp(min=1)
              for z, y in zip(logits.split(list(sizes), 1), labels.T, strict=True)]
     return torch.stack(parts).mean()
 

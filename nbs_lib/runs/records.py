@@ -105,7 +105,8 @@ def _connect() -> sqlite3.Connection:
 
 def _execute(sql: str, values=()) -> list[Run]:
     with closing(_connect()) as db:
-        return [Run(**{c: json.loads(row[c]) if c in JSON else row[c] for c in COLUMNS}) for row in db.execute(sql, values).fetchall()]
+        rows = db.execute(sql, values).fetchall()
+    return [Run(**{c: json.loads(row[c]) if c in JSON else row[c] for c in COLUMNS}) for row in rows]
 
 def _pack(values: dict) -> dict: return {c: json.dumps(v, default=str) if c in JSON else v for c, v in values.items()}
 

@@ -25,7 +25,8 @@ __all__ = ['last_runs', 'Panel']
 # %% ../../notebooks/library/schedule/04_panel.ipynb #3cc76d99
 def _page(run: Run, kind: str, text: str) -> str:
     "A Markdown link to a file of the run (one of `run_files`); nothing where there is none."
-    if not (file := run_files(run).get(kind)): return ""
+    if not (name := run_files(run).get(kind)): return ""
+    file = Path(run.folder) / name
     return f"[{text}]({where})" if (where := address(file)) else f"`{file}`"
 
 def last_runs(limit: int = 15) -> str:

@@ -67,9 +67,10 @@ def copies_left_out(
     most: int = 6,                 # pairs
 ) -> list[tuple[str, bytes]]:      # title and file
     "Images that were left out, each followed by the one that it is a copy of."
-    copies = [a for a in answers if a.outcome == "left out" and a.like][:most]
-    twins = dict(data.images([a.like for a in copies]))
-    pairs = [((f"{_labels(a)}, left out", store.image(a.id)), ("like this one", twins[a.like])) for a in copies]
+    copies = [a for a in answers if a.outcome == "left out"][:most]
+    twins = dict(data.images(a.like for a in copies if a.like))
+    pairs = [((f"{_labels(a)}, left out", store.image(a.id)), ("like this one", twins[a.like]))
+             for a in copies if a.like]
     return [picture for pair in pairs for picture in pair]
 
 def _labels(answer: Answer) -> str: return ", ".join(answer.labels.values())

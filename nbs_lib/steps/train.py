@@ -64,7 +64,9 @@ def fit_head(
     x, y, x_valid, y_valid = x[y >= 0], y[y >= 0], x_valid[y_valid >= 0], y_valid[y_valid >= 0]
     if (found := len(np.unique(y))) < 2:
         raise UserError(f"target {name!r}: the training images have {found} class(es); at least two are needed")
-    best, losses, worse = None, {}, 0
+    best: Head | None = None
+    losses: dict[float, float] = {}
+    worse = 0
     for head in regularisation_path(x, y, n_classes, STRENGTHS if len(y_valid) else (1.0,)):
         loss = float("nan")
         if len(y_valid): loss = log_loss(y_valid, softmax(head.logits(x_valid)), labels=range(n_classes))
@@ -72,6 +74,7 @@ def fit_head(
         if best is None or loss < losses[best.strength]: best, worse = head, 0
         else: worse += 1
         if worse == 2: break
+    assert best is not None, "there are strengths"
     return replace(best, losses=losses)
 
 # %% ../../notebooks/20_train.ipynb #68903bd5

@@ -53,7 +53,8 @@ def overhead(cells: int = 10, times: int = 5) -> dict:
 
         def scheduled(n):
             now = at + timedelta(seconds=n + 1)
-            assert start(slots.claim(slots.add_slot(job, now), now)).wait() == 0 and slots.history()[0].status == "completed"
+            assert start(slots.claim(slots.add_slot(job, now), now)).wait() == 0
+            assert slots.history()[0].status == "completed"
 
         def cli(*words):
             return lambda n: subprocess.run([*map(str, words)], check=True, capture_output=True, cwd=folder)

@@ -124,6 +124,22 @@ def test_no_module_is_longer_than_400_lines():
     for file in (ROOT / "nbs_lib").glob("*/*.py"): assert len(file.read_text().splitlines()) <= 400, file
 
 
+def test_a_public_name_means_one_thing():
+    "But for commands, which are called like what they do; a method that grows by @patch belongs to its class."
+    places: dict[str, list[str]] = {}
+    for file in (ROOT / "nbs_lib").glob("*/*.py"):
+        for node in ast.parse(file.read_text()).body if file.parent.name != "cli" else ():
+            names = []
+            if isinstance(node, ast.Assign):
+                targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
+                names = [t.id for t in targets if isinstance(t, ast.Name)]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = [node.name] * (not any("patch" in ast.unparse(d) for d in node.decorator_list))
+            for name in names:
+                if not name.startswith("_"): places.setdefault(name, []).append(f"{file.parent.name}.{file.stem}")
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 def test_sqlite_is_opened_in_one_place():
     assert [f.name for f in (ROOT / "nbs_lib").rglob("*.py") if "sqlite3.connect" in f.read_text()] == ["sqlite.py"]
 

@@ -17,6 +17,7 @@ from nbs_lib.core.errors import UserError
 from nbs_lib.loop import loop as loops
 from nbs_lib.loop.changes import Step, done_before
 from nbs_lib.loop.loop import run_loop
+from nbs_lib.loop.steps import SOURCE
 from nbs_lib.runs import records
 from nbs_lib.tracking.promotion import promote
 from nbs_lib.tracking.tracker import open_tracker
@@ -145,7 +146,7 @@ def test_source_signature_decides(home, steps, tmp_path, monkeypatch):
         (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
     notebook = steps("30_fetch.ipynb", "print(source)", "recipe: str = ''\nsource: str | None = None")
-    monkeypatch.setattr(loops, "STEPS", (Step(notebook, keys=loops.SOURCE, sections=("data",), reads_source=True),))
+    monkeypatch.setattr(loops, "STEPS", (Step(notebook, keys=SOURCE, sections=("data",), reads_source=True),))
     assert sources.source_signature and statuses(run_loop(source=str(tmp_path / "photos"))) == ["completed"]
     assert statuses(run_loop(source=str(tmp_path / "photos"))) == ["skipped"]
     (tmp_path / "photos" / "a" / "0.png").unlink()

@@ -282,12 +282,12 @@ def test_no_parameters_cell(home, make):
 
 def test_mistakes_before_the_start(home, make, tmp_path):
     (tmp_path / "broken.ipynb").write_text("{")
-    for notebook, options, words in [("settngs", {}, "did you mean 'settings'"),
+    for notebook, options, words in [("trian", {}, "did you mean 'train'"),
                                      (make("1"), {"kernel": "julia"}, "'julia' is not installed"),
                                      (tmp_path / "broken.ipynb", {}, "not a readable notebook"),
                                      (make("1"), {"timeout": 0}, "more than 0")]:
         with pytest.raises(UserError, match=words): run_notebook(notebook, **options)
-    assert find_notebook("settings").name == "00_settings.ipynb" and not records.recent()
+    assert find_notebook("train").name == "20_train.ipynb" and not records.recent()
 
 
 def test_unwritable_outputs(home, make):

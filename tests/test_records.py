@@ -44,7 +44,8 @@ def add(home: Path, number: int, step: str = "train", files: int = 1, **facts) -
         (folder / name).write_text("x" * 1000)
     moment = began.isoformat(timespec="milliseconds")
     facts = {"status": "completed", "parameters": {"recipe": "faces"}, "started_at": moment, "ended_at": moment} | facts
-    run = records.Run(id, f"/somewhere/33_{step}.ipynb", str(folder), **facts)
+    notebook = f"/somewhere/33_{step}.ipynb"
+    run = records.Run(id, notebook, str(folder), known_as=notebook, **facts)
     insert(asdict(run))
     return run
 

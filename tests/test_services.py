@@ -75,7 +75,7 @@ def test_the_commands_exist():
 
 
 def test_the_dag_has_the_steps_of_the_loop():
-    from nbs_lib.loop.changes import STEPS
+    from nbs_lib.loop.steps import STEPS
     tree = ast.parse((SCHEDULED / "airflow" / "loopbook_dag.py").read_text())
     [steps] = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "STEPS"]
     assert steps == tuple(str(s.notebook) for s in STEPS)

@@ -48,8 +48,10 @@ test-airflow: install
 	$(UV) pip install --quiet --python .airflow/bin/python --requirement tests/airflow/requirements.txt
 	.airflow/bin/python -m pytest tests/airflow/check_dag.py
 
+# photos dropped into a notebook come as one message: up to 500 MB instead of 10
+LARGE = --ServerApp.tornado_settings="{'websocket_max_message_size': 500000000}"
 lab: install
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb $(LARGE)
 
 notebooks: install
 	$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $$(find notebooks -name "*.ipynb" -not -path "*/.*")

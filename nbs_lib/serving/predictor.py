@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.errors import UserError
 from ..core.parallel import batches, parallel
 from ..core.settings import Data, Recipe, Settings, load_settings, use_recipe
 from ..data.images import BadImage, open_image
 from ..models.classifier import Classifier, load_model
 from ..models.features import run_batch
+from ..tracking.promotion import find_model
 from ..tracking.tracker import Tracker, open_tracker
 from ..tracking.versions import model_of
 
@@ -68,9 +68,7 @@ class Predictor:
         name, self._recipe = use_recipe(self._settings, recipe)
         self._ref, self._tracker = model if ":" in model else f"{model_of(name)}:{model}", open_tracker(self._settings)
         self._failed, self._refreshing = ("", 0.0), threading.Lock()
-        version = self._tracker.resolve(self._ref)
-        if version is None:
-            raise UserError(f"there is no model {self._ref}; `loopbook models` lists them, `loopbook loop` makes one")
+        version = find_model(self._tracker, name, model)
         self._serving = version, _load_version(self._tracker, version.ref, self._recipe)
         if follow and not re.fullmatch(r"v\d+", self._ref.partition(":")[2]): _follow(self)
 

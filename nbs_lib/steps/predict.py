@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from html import escape
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from ..core.errors import UserError
 from ..core.settings import load_settings, use_recipe
 from ..data.views import plot_pictures, plot_text
 from ..serving.batch import image_files, write_predictions
+from ..tracking.promotion import find_model
 from ..tracking.tracker import open_tracker
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['photos_at', 'keep_uploads', 'drop_box', 'read_answers', 'answered', 'class_counts', 'draw_sureness', 'least_sure',
-           'predictions_in_short']
+__all__ = ['photos_at', 'upload_name', 'keep_uploads', 'drop_box', 'read_answers', 'answered', 'class_counts', 'draw_sureness',
+           'least_sure', 'predictions_in_short']
 
 # %% ../../notebooks/40_predict.ipynb #3a965ed0
 def photos_at(source: str, home: Path) -> list[Path]:
@@ -33,13 +35,20 @@ def photos_at(source: str, home: Path) -> list[Path]:
     return files
 
 # %% ../../notebooks/40_predict.ipynb #03d7742d
+def upload_name(name: str, taken: Iterable[Path]) -> str:
+    "A file's name for what was uploaded as `name`: its own without folders, with a number where it is taken."
+    printable = "".join(c for c in name.replace("\\", "/") if c.isprintable())
+    own = Path(Path(printable).name.strip(". ") or "photo")
+    names = (f"{own.stem[:80]}{f' {n}' if n else ''}{own.suffix[:10]}" for n in count())
+    there = {file.name for file in taken}
+    return next(name for name in names if name not in there)
+
 def keep_uploads(uploads: Iterable[dict], folder: Path) -> list[Path]:
     "Write what an `ipywidgets.FileUpload` holds to `folder`; returns the files in the order that they came in."
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    for number, upload in enumerate(uploads):
-        file = folder / (Path(upload["name"].replace("\\", "/")).name or "photo")
-        if file in files: file = file.with_stem(f"{file.stem} {number}")
+    for upload in uploads:
+        file = folder / upload_name(upload["name"], files)
         file.write_bytes(upload["content"])
         files.append(file)
     return files

@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.files import home
 from ..core.links import link
 from ..core.settings import Settings
+from ..loop.steps import writes
 from ..feedback.database import has_feedback
 from ..runs import records
 from ..runs.execute import find_notebook
@@ -116,11 +117,11 @@ def todo_of(state: RecipeState) -> Todo:
 
 # %% ../../notebooks/00_start.ipynb #fb9fd8dc
 def failures(runs: Iterable[Run], recipe: str | None = None) -> list[Run]:
-    "The steps whose newest run has failed, of one recipe or of all; `runs`: newest first."
+    "The steps of the loop whose newest run has failed, of one recipe or of all; `runs`: newest first."
     last: dict[tuple, Run] = {}
     for run in runs: last.setdefault((run.known_as, run.parameters.get("recipe")), run)
-    mine = (r for r in last.values() if r.known_as == r.step and recipe in (None, r.parameters.get("recipe") or recipe))
-    return [r for r in mine if r.status == "failed"]
+    mine = (r for r in last.values() if recipe in (None, r.parameters.get("recipe") or recipe))
+    return [r for r in mine if r.status == "failed" and writes(r.known_as or "")]
 
 def next_todo(
     states: Iterable[RecipeState],

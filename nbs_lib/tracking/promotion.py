@@ -8,15 +8,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.errors import UserError
+from .versions import model_of
 
 if TYPE_CHECKING:
     from nbs_lib.tracking.tracker import Tracker
     from nbs_lib.tracking.versions import Version
 
 # %% auto #0
-__all__ = ['promote', 'rollback']
+__all__ = ['find_model', 'promote', 'rollback']
 
 # %% ../../notebooks/library/tracking/04_promotion.ipynb #8554207e
+def find_model(
+    tracker: Tracker,
+    recipe: str,    # whose model it is
+    model: str,     # version or alias of the recipe's model, or NAME:VERSION of another
+) -> Version:
+    "The version that is meant; raises `UserError` where there is none."
+    ref = model if ":" in model else f"{model_of(recipe)}:{model}"
+    if version := tracker.resolve(ref): return version
+    raise UserError(f"there is no model {ref}; `loopbook models` lists them, `loopbook loop` makes one")
+
 def promote(
     tracker: Tracker,
     name: str,     # of the model's artifact

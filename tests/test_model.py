@@ -148,6 +148,24 @@ def test_what_this_machine_cannot_run_is_refused(wanted):
     with pytest.raises(UserError, match="use"): engine.choose(**wanted)
 
 
+FIRST_LOOKS = """
+import sys, threading
+from nbs_lib.core.light_imports import load_openvino
+openvino, together = load_openvino(), threading.Barrier(2)
+sys.setswitchinterval(1e-6)
+def first_look():
+    together.wait()
+    openvino.Type.u8.to_dtype()
+threads = [threading.Thread(target=first_look) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+def test_openvino_in_two_threads_at_once():
+    # as two threads' first answers are: each waited for the other, with the interpreter's lock held
+    subprocess.run([sys.executable, "-c", FIRST_LOOKS], check=True, timeout=300)
+
+
 def test_without_openvino_torch_runs(monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     assert engine.choose("cpu").engine == "torch"

@@ -42,4 +42,6 @@ def load_openvino() -> ModuleType:
     with _loading:
         if "openvino" not in sys.modules: sys.modules["openvino_telemetry"] = ABSENT
         import openvino
+        # its first look at numpy's types: two threads that take it at once wait for each other for ever
+        openvino.Type.u8.to_dtype()
         return openvino

@@ -22,13 +22,14 @@ from traitlets import default
 from traitlets.config import Config
 from voila.app import Voila
 from voila.tornado.handler import TornadoVoilaHandler
+from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
 
 from ..core.errors import UserError
 from ..core.files import home, repository
 from ..feedback.store import Store
 
 # %% auto #0
-__all__ = ['LINKS', 'WRONG_TOKEN', 'EXTENSIONS', 'is_loopback', 'guarded', 'OwnKernels', 'Server', 'serve']
+__all__ = ['LINKS', 'WRONG_TOKEN', 'EXTENSIONS', 'is_loopback', 'guarded', 'OwnKernels', 'KernelSocket', 'Server', 'serve']
 
 # %% ../../notebooks/library/web/00_label_page.ipynb #4301cebd
 def is_loopback(host: str) -> bool:
@@ -87,6 +88,13 @@ class OwnKernels(KernelSpecManager):
     @default("kernel_dirs")
     def _no_others(self): return []
 
+class KernelSocket(VoilaKernelWebsocketHandler):
+    "Voilà's; what it takes for a header would be read for ever where a browser fell back to the protocol before v1."
+    def write_message(self, message, binary=False):
+        before_v1 = isinstance(message, bytes) and self.ws_connection and not self.selected_subprotocol
+        unread = super(VoilaKernelWebsocketHandler, self)
+        return (unread if before_v1 else super()).write_message(message, binary)
+
 class Server(Voila):
     "Voilà behind the door."
     def open(self, sockets: list[socket.socket], token: str) -> Server:
@@ -96,8 +104,10 @@ class Server(Voila):
 
     def init_handlers(self) -> list:
         cookie = f"loopbook-label-{self.sockets[0].getsockname()[1]}"
-        handlers = super().init_handlers()
-        return [(pattern, guarded(handler, self.secret, cookie), *more) for pattern, handler, *more in handlers]
+        def behind_door(handler):
+            own = KernelSocket if handler is VoilaKernelWebsocketHandler else handler
+            return guarded(own, self.secret, cookie)
+        return [(pattern, behind_door(handler), *more) for pattern, handler, *more in super().init_handlers()]
 
     def listen(self) -> None:
         HTTPServer(self.app).add_sockets(self.sockets)

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 
 from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets
@@ -91,9 +92,9 @@ class OwnKernels(KernelSpecManager):
 class KernelSocket(VoilaKernelWebsocketHandler):
     "Voilà's; what it takes for a header would be read for ever where a browser fell back to the protocol before v1."
     def write_message(self, message, binary=False):
-        before_v1 = isinstance(message, bytes) and self.ws_connection and not self.selected_subprotocol
-        unread = super(VoilaKernelWebsocketHandler, self)
-        return (unread if before_v1 else super()).write_message(message, binary)
+        if isinstance(message, bytes) and self.ws_connection and not self.selected_subprotocol:
+            return KernelWebsocketHandler.write_message(self, message, binary)
+        return super().write_message(message, binary)
 
 class Server(Voila):
     "Voilà behind the door."

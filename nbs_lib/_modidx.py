@@ -978,6 +978,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'nbs_lib/runs/papermill_engine.py')},
             'nbs_lib.runs.parameters': { 'nbs_lib.runs.parameters._annotation': ( 'library/runs/parameters.html#_annotation',
                                                                                   'nbs_lib/runs/parameters.py'),
+                                         'nbs_lib.runs.parameters._check_recipe': ( 'library/runs/parameters.html#_check_recipe',
+                                                                                    'nbs_lib/runs/parameters.py'),
                                          'nbs_lib.runs.parameters._readings': ( 'library/runs/parameters.html#_readings',
                                                                                 'nbs_lib/runs/parameters.py'),
                                          'nbs_lib.runs.parameters._type_of_default': ( 'library/runs/parameters.html#_type_of_default',

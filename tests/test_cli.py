@@ -70,6 +70,8 @@ def test_failed_run(home, notebook):
 @pytest.mark.parametrize("words, said", [
     (["run", "NOTEBOOK", "-p", "y", "1"], "parameter 'y'"), (["run", "NOTEBOOK", "-p", "x", "one"], "wants float"),
     (["run", "nowhere"], "neither a file nor a step"),
+    (["run", "train", "-p", "mode", "headd"], "parameter mode = 'headd' is not allowed; allowed is head | finetune"),
+    (["run", "evaluate", "-p", "recipe", "face"], "did you mean 'faces'"),
     (["run", "NOTEBOOK", "--kernel", "none"], "'none' is not installed"),
     (["loop", "--recipe", "face"], "did you mean 'faces'"), (["predict", "nowhere.jpg"], "no such file"),
     (["rollback"], "no previous"), (["promote", "v9"], "there is no model"),
@@ -81,6 +83,12 @@ def test_mistakes(home, notebook, tmp_path, words, said):
     done = loopbook(*words)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_nothing_there_yet(home):
+    assert loopbook("runs").stdout.startswith("nothing has run here yet") and loopbook("runs", "--json").stdout == "[]\n"
+    listed = loopbook("schedule", "--list").stdout
+    assert listed.startswith("no jobs yet") and str(home / "scheduled") in listed and listed.count("\n") == 1
 
 
 def test_wrong_settings(home, notebook):

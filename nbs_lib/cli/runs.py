@@ -118,6 +118,7 @@ def runs(as_json: Json = False):
     from nbs_lib.runs.records import recent
     found = recent()
     if as_json: return print_json([record(r) for r in found])
+    if not found: return print("nothing has run here yet; `loopbook loop` goes round the loop")
     rows = [(r.id, r.status, duration(r.seconds), r.cell, r.trigger, r.error) for r in found]
     table(["run", "status", "took", "cell", "started by", "error"], rows)
 

@@ -48,7 +48,9 @@ def schedule(once: Annotated[bool, typer.Option("--once",
 
 def _show(jobs: list[dict], as_json: bool) -> None:
     from nbs_lib.schedule.daemon import daemon_is_running, short_time
+    from nbs_lib.core.files import home
     if as_json: return print_json(jobs)
+    if not jobs: return print(f"no jobs yet; each is a small YAML file in {home() / 'scheduled'}")
     table(["job", "when", "next (UTC)", "last (UTC)", "status", ""],
           [(j["job"], j["timing"], short_time(j["next"]), short_time(j["last"]), j["status"],
             f"paused: {j['paused']}" if j["paused"] else j["problem"] or j["reason"]) for j in jobs])

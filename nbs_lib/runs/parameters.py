@@ -11,6 +11,8 @@ import typing
 from pathlib import Path
 
 from ..core.errors import UserError, nearest
+from ..core.files import repository
+from ..core.settings import Recipe, load_settings, use_recipe
 
 # %% auto #0
 __all__ = ['NAMES', 'declared', 'type_name', 'checked']
@@ -83,4 +85,10 @@ def checked(
             except ValidationError: continue
             break
         else: raise UserError(f"parameter {name} = {value!r}: {Path(notebook).name} wants {type_name(kind)} there")
+    if Path(notebook).parent == repository() / "notebooks" and "recipe" in known: _check_recipe(**values)
     return values
+
+def _check_recipe(recipe: str | None = None, **values: typing.Any) -> None:
+    "Of a step: the recipe that it is given, and what is to go on top of the recipe's keys."
+    given = {k: v for k, v in values.items() if k in Recipe.model_fields and v is not None}
+    if recipe or given: use_recipe(load_settings(), recipe, **given)

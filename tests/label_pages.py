@@ -46,8 +46,10 @@ class Page:
         return self
 
     def enter(self, name: str) -> None:
-        "Give a name, as the notebook asks for one."
+        "Give a name, as the page asks for one."
         self.page.locator(".enter-name input").fill(name, timeout=300_000)
+        # nobody types as quickly: the field is seen a moment before the labeller listens
+        self.page.wait_for_function("document.querySelector('.labeller').dataset.token > 0", timeout=60_000)
         self.page.keyboard.press("Enter")
         self.ready()
 

@@ -86,7 +86,8 @@ def test_mistakes(home, notebook, tmp_path, words, said):
 
 
 def test_nothing_there_yet(home):
-    assert loopbook("runs").stdout.startswith("nothing has run here yet") and loopbook("runs", "--json").stdout == "[]\n"
+    assert loopbook("runs").stdout.startswith("nothing has run here yet")
+    assert loopbook("runs", "--json").stdout == "[]\n"
     listed = loopbook("schedule", "--list").stdout
     assert listed.startswith("no jobs yet") and str(home / "scheduled") in listed and listed.count("\n") == 1
 

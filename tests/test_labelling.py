@@ -341,9 +341,8 @@ def test_the_page_behind_its_token(servers, stores, chromium):
     refused = wrong.goto(server.address.replace("a-token", "wrong"))
     assert refused.status == 403, "a wrong token, whatever was right before"
     other = server.page(chromium, "")
-    other.page.locator(".enter-name input").fill("bob", timeout=90_000)
-    other.page.keyboard.press("Enter")
-    assert other.ready().text("caption") != page.text("caption"), "nobody gets what somebody else looks at"
+    other.enter("bob")
+    assert other.text("caption") != page.text("caption"), "nobody gets what somebody else looks at"
     assert len(server.kernels()) == 2
     page.leave()
     wait_for_kernels(server, 1)

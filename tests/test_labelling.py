@@ -309,7 +309,7 @@ def test_five_hundred_in_a_row(servers, stores, chromium):
         token = page.token()
         page.page.keyboard.press("12"[n % 2])
         page.page.wait_for_function("before => document.querySelector('.labeller').dataset.token > before",
-                                    arg=token, polling=5, timeout=120_000)
+                                    arg=token, polling=5)
     weights.append(weigh())
     assert len(standing(store)) == 500 and page.text("counter").startswith("500 done · 20 left")
     (kernel_before, heap_before, nodes_before), _, (kernel_after, heap_after, nodes_after) = weights

@@ -36,9 +36,10 @@ def fill(store: Store, n: int, first: int = 0) -> None:
 class Page:
     "A labelling page in the browser, and what it has shown as saved."
     def __init__(self, page):
-        self.page, self.saved, self.problems, self.asked = page, {}, [], []
+        self.page, self.saved, self.problems, self.asked, self.sockets = page, {}, [], [], []
         page.on("pageerror", lambda e: self.problems.append(str(e)))
         page.on("request", lambda r: self.asked.append(r.url))
+        page.on("websocket", lambda s: self.sockets.append(s.url))
 
     def ready(self, timeout: float = 300):
         self.page.locator(".labeller img.photo").wait_for(timeout=timeout * 1000)

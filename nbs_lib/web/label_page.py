@@ -90,11 +90,16 @@ class OwnKernels(KernelSpecManager):
     def _no_others(self): return []
 
 class KernelSocket(VoilaKernelWebsocketHandler):
-    "Voilà's; what it takes for a header would be read for ever where a browser fell back to the protocol before v1."
+    "Voilà's, that reads headers only where there are some, and leaves closing to the browser."
     def write_message(self, message, binary=False):
-        if isinstance(message, bytes) and self.ws_connection and not self.selected_subprotocol:
+        if isinstance(message, bytes) and not (self.ws_connection and self.selected_subprotocol):
             return KernelWebsocketHandler.write_message(self, message, binary)
         return super().write_message(message, binary)
+
+    def send_ping(self):
+        # jupyter_server's would close it at the first ping, as tornado allows no longer timeout than one interval
+        if self.ws_connection and not self.ws_connection.is_closing(): self.ping(b"")
+        else: self.ping_callback.stop()
 
 class Server(Voila):
     "Voilà behind the door."
@@ -124,7 +129,7 @@ def _configuration(idle: int) -> Config:
     return Config({
         "Voila": {
             "notebook_path": str(notebook), "open_browser": False, "log_level": "WARN", "config_file_paths": [],
-            "tornado_settings": {"ws_ping_timeout": 30_000}},     # jupyter_server's default is more than tornado allows
+            "tornado_settings": {"ws_ping_timeout": 30_000}},     # tornado wants one interval at most
         "VoilaConfiguration": {
             "file_allowlist": [], "extension_allowlist": EXTENSIONS, "kernel_spec_manager_class": OwnKernels,
             "allow_template_override": "NO", "allow_theme_override": "NO"},

@@ -90,6 +90,7 @@ def test_nothing_there_yet(home):
     assert loopbook("runs", "--json").stdout == "[]\n"
     listed = loopbook("schedule", "--list").stdout
     assert listed.startswith("no jobs yet") and str(home / "scheduled") in listed and listed.count("\n") == 1
+    assert not list(home.iterdir()), "who only looks leaves no trace"
 
 
 def test_wrong_settings(home, notebook):

@@ -64,7 +64,7 @@ def test_notebooks_hold_no_outputs_and_no_volatile_metadata(notebook):
     assert len({c["id"] for c in content["cells"]}) == len(content["cells"])
     for cell in content["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count")
-        assert set(cell["metadata"]) <= {"tags"}
+        assert set(cell["metadata"]) <= {"tags", "jp-MarkdownHeadingCollapsed"}
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda p: p.stem)

@@ -39,6 +39,8 @@ def test_commands(here):
     define(here, "greet", every="1s")
     define(here, "fails", notebook="bad.ipynb", every="1s")
     assert json.loads(loopbook("schedule", "--list", "--json"))[0]["job"] == "fails"
+    assert not (here / "outputs" / "schedule.sqlite").exists(), "who only looks leaves no trace"
+    assert loopbook("schedule", "--once", "--json") == "[]\n"           # from now on they are known
     time.sleep(1.1)
     found = json.loads(loopbook("schedule", "--once", "--json", code=1))
     assert {s["job"]: s["status"] for s in found} == {"greet": "completed", "fails": "failed"}
@@ -65,6 +67,7 @@ def test_the_panel(here, monkeypatch):
     assert any(t.startswith("completed") for t in texts())
     table = panel.table.outputs[0]["data"]["text/markdown"]
     assert "| completed |" in table and f"[report](../outputs/{records.recent()[0].id}/hello.html)" in table
+    assert panel.rows["broken"][-1].disabled and not panel.rows["greet"][-1].disabled
     panel.rows["broken"][-1].click()
     assert "is not a length of time" in panel.said.value
 

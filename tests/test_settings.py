@@ -18,7 +18,7 @@ def no_settings_around(monkeypatch):
     ("[trains]\nepochs = 3", ("[trains]", "did you mean 'train'")),
     ("[tracking]\nbackend = mlflow", ("backend", "'mlflow'", "trackio")),
     ("[gate]\nmargin = nan", ("margin", "nan")),
-    ("[recipe.Bad Name]\nsource = x", ("recipe",)),
+    ("[recipe.Bad Name]\nsource = x", ("[recipe.Bad Name]", "small letters")),
     ("[recipe.birds]\nsorce = x", ("[recipe.birds] sorce", "did you mean 'source'")),
     ("[recipe.birds]\nsha256 = 12", ("sha256", "'12'")),
     ("[train]\nepochs = 3\nepochs = 4", ("settings.ini", "epochs")),

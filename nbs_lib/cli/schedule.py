@@ -33,12 +33,12 @@ def schedule(once: Annotated[bool, typer.Option("--once",
     from datetime import UTC, datetime
 
     from nbs_lib.schedule import slots
-    from nbs_lib.schedule.daemon import Daemon, job_table
+    from nbs_lib.schedule.daemon import Daemon, Folder, job_table
     from nbs_lib.core.files import home
     if resume:
         slots.resume(resume, datetime.now(UTC))
         return print(f"{resume} runs again from its next slot on")
-    if show: return _show(job_table(), as_json)
+    if show: return _show(job_table(Folder(remember=False)), as_json)
     daemon = Daemon(_say)
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: daemon.quit.set())
     if not once: _say(f"the jobs of {home() / 'scheduled'}; stop with Ctrl-C")

@@ -23,8 +23,11 @@ def repository() -> Path:
     return Path(nbs_lib.__file__).resolve().parent.parent
 
 def home() -> Path:
-    "The folder of `settings.ini`, `data/`, `outputs/` and `scheduled/`: `$LOOPBOOK_HOME`, or the repository."
-    return Path(os.environ.get("LOOPBOOK_HOME") or repository()).expanduser().resolve()
+    """The folder of `settings.ini`, `data/`, `outputs/` and `scheduled/`: `$LOOPBOOK_HOME`, or the repository; raises
+    `UserError` where that is a file."""
+    place = Path(os.environ.get("LOOPBOOK_HOME") or repository()).expanduser().resolve()
+    if place.is_file(): raise UserError(f"LOOPBOOK_HOME={place}: is a file; name a folder")
+    return place
 
 # %% ../../notebooks/library/core/01_files.ipynb #6195ce99
 def write_atomic(path: Path, content: str | bytes) -> Path:

@@ -249,7 +249,9 @@ def load_settings(folder: Path | None = None) -> Settings:
     built = {name: _validate(Recipe, texts.get("train", {}) | values) for name, values in recipes.items()}
     try: return Settings.model_validate({"home": folder, "recipes": built} | sections)
     except ValidationError as error:
-        raise UserError(f"{file} [recipe.NAME]: {error.errors()[0]['msg']}") from None
+        name = error.errors()[0]["loc"][1]
+        raise UserError(f"{file} [recipe.{name}]: a recipe's name has up to 60 small letters, digits "
+                        "and underscores, as recipe.cats_vs_dogs") from None
 
 # %% ../../notebooks/library/core/02_settings.ipynb #cad04f3d
 def use_recipe(

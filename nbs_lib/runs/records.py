@@ -108,6 +108,11 @@ def _execute(sql: str, values=()) -> list[Run]:
         rows = db.execute(sql, values).fetchall()
     return [Run(**{c: json.loads(row[c]) if c in JSON else row[c] for c in COLUMNS}) for row in rows]
 
+def _find(where: str, values=()) -> list[Run]:
+    "The runs for which the condition holds; where nothing ever ran, nothing is made."
+    if not (home() / "outputs" / "runs.sqlite").exists(): return []
+    return _execute(f"select * from runs where {where}", values)
+
 def _pack(values: dict) -> dict: return {c: json.dumps(v, default=str) if c in JSON else v for c, v in values.items()}
 
 # %% ../../notebooks/library/runs/01_records.ipynb #c38217da
@@ -163,7 +168,7 @@ def _truthful(run: Run) -> Run:
             with FileLock(Path(run.folder) / ".lock", timeout=0): pass
         except Timeout: return run
         except OSError: pass
-    current = _execute("select * from runs where id = ?", [run.id])[0]   # it may have ended between the two looks
+    current = _find("id = ?", [run.id])[0]   # it may have ended between the two looks
     if current.status != "running": return current
     return Run(**asdict(current) | {"status": "failed", "error": "killed: its process ended without a word"})
 
@@ -171,20 +176,20 @@ NEWEST_FIRST = "order by started_at desc, rowid desc limit ?"
 
 def get(id: str) -> Run:
     "The run with this id; raises `UserError` where there is none."
-    found = _execute("select * from runs where id = ?", [id])
+    found = _find("id = ?", [id])
     if not found: raise UserError(f"no run {id!r} in {home() / 'outputs' / 'runs.sqlite'}; `loopbook runs` lists them")
     return _truthful(found[0])
 
 # %% ../../notebooks/library/runs/01_records.ipynb #2614070e
 def recent(limit: int = 50, **fields) -> list[Run]:
     "The newest runs first, of those whose `fields` equal these values (`group='…'`)."
-    query = f"select * from runs where {_quoted(fields, ' = ?', ' and ') or '1'} {NEWEST_FIRST}"
-    return [_truthful(r) for r in _execute(query, [*fields.values(), limit])]
+    where = f"{_quoted(fields, ' = ?', ' and ') or '1'} {NEWEST_FIRST}"
+    return [_truthful(r) for r in _find(where, [*fields.values(), limit])]
 
 def last_success(notebook: str | Path, **parameters) -> Run | None:
     "The newest completed run of `notebook`, or of the same step in another checkout, that had these parameters."
     given = ["json_extract(parameters, ?) = ?"] * len(parameters)
     where = " and ".join(["known_as = ?", "status = 'completed'", *given])
     paths = [x for name, value in parameters.items() for x in (f"$.{name}", value)]
-    found = _execute(f"select * from runs where {where} {NEWEST_FIRST}", [known_as(notebook), *paths, 1])
+    found = _find(f"{where} {NEWEST_FIRST}", [known_as(notebook), *paths, 1])
     return found[0] if found else None

@@ -249,6 +249,7 @@ def _hold_presence(self: Daemon) -> None:
 def daemon_is_running() -> bool:
     "Whether a daemon is running in this home."
     from filelock import Timeout
+    if not slots.lock_file(".daemon").exists(): return False
     try:
         with slots.lock_of(".daemon").acquire(timeout=0): return False
     except Timeout: return True

@@ -36,7 +36,7 @@ def last_runs(limit: int = 15) -> str:
         error = f" {html.escape(run.error[:120])}".replace("|", "&#124;") if run.error else ""
         pages = _page(run, "notebook", "notebook"), _page(run, "page", "report")
         when, took = f"{short_time(run.started_at)} {run.step}", duration(run.seconds)
-        cells = when, run.status + error, took, run.trigger, *pages
+        cells = when, run.status + error, took.replace(" ", "&nbsp;"), run.trigger, *pages
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -116,3 +116,4 @@ def fill(self: Panel, job: dict) -> None:
     state = f"paused: {job['paused']}" if job["paused"] else job["problem"] or last
     for cell, text in zip(self.rows[name], (name, job["timing"] or "", short_time(job["next"]), state), strict=False):
         cell.value = html.escape(text)
+    self.rows[name][-1].disabled = name not in self.folder.jobs   # its file never was one of a job

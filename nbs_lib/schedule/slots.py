@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from pathlib import Path
 
 from ..core.errors import UserError, nearest
 from ..core.files import home
@@ -24,7 +25,7 @@ from .jobs import Job, count_slots, last_slot
 # %% auto #0
 __all__ = ['OPEN', 'SLOT_COLUMNS', 'STATE_COLUMNS', 'SCHEDULE_TABLES', 'LATE', 'LEASE', 'Slot', 'State', 'stamp', 'sync',
            'plan_slots', 'add_slot', 'due', 'claim', 'renew', 'take', 'note', 'drop', 'give_back', 'end_attempt',
-           'resume', 'remember', 'recall', 'expire', 'kept', 'states', 'history', 'forget', 'lock_of']
+           'resume', 'remember', 'recall', 'expire', 'kept', 'states', 'history', 'forget', 'lock_file', 'lock_of']
 
 # %% ../../notebooks/library/schedule/01_slots.ipynb #69e79497
 OPEN = ("due", "starting", "running")
@@ -294,6 +295,7 @@ def recall(job: Job) -> dict:
 # %% ../../notebooks/library/schedule/01_slots.ipynb #6ff99ec8
 def expire(now: datetime) -> list[Slot]:
     "Let slots be due again whose lease has run out; returns those that are running, or say that they are."
+    if not kept(): return []
     with _database() as db:
         db.execute("update slots set status = 'due', token = null where status = 'starting' and lease not between ? "
                    "and ?",
@@ -326,9 +328,12 @@ def forget(before: datetime, dry_run: bool = False) -> int:
         if dry_run: return db.execute(f"select count(*) from slots where {old}", (stamp(before),)).fetchone()[0]
         return db.execute(f"delete from slots where {old}", (stamp(before),)).rowcount
 
+def lock_file(job: str) -> Path:
+    "Where the lock of `lock_of` lies."
+    return home() / "outputs" / ".schedule" / f"{job}.lock"
+
 def lock_of(job: str):
     "The lock that a job's run holds as long as its process lives."
     from filelock import FileLock
-    folder = home() / "outputs" / ".schedule"
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"{job}.lock")
+    lock_file(job).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(lock_file(job))

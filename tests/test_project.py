@@ -140,6 +140,22 @@ def test_a_public_name_means_one_thing():
     assert not {name: found for name, found in places.items() if len(found) > 1}
 
 
+def test_functions_with_three_parameters_or_more_describe_each_in_a_docment():
+    "But for commands, whose options have help texts, for private classes, and for a method of nbclient's."
+    def public(body: list) -> list[ast.FunctionDef]:
+        inner = [f for n in body if isinstance(n, ast.ClassDef) and n.name[0] != "_" for f in public(n.body)]
+        return inner + [n for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.name[0] != "_"]
+    for file in (f for f in (ROOT / "nbs_lib").glob("*/*.py") if f.parent.name != "cli"):
+        lines = file.read_text().splitlines()
+        for function in public(ast.parse(file.read_text()).body):
+            if (file.stem, function.name) == ("papermill_engine", "output"): continue
+            a = function.args
+            args = [x for x in a.posonlyargs + a.args + a.kwonlyargs if not re.match("self$|cls$|_", x.arg)]
+            alone = len({x.end_lineno for x in args}) == len(args)
+            told = alone and all("#" in lines[x.end_lineno - 1][x.end_col_offset:] for x in args)
+            assert len(args) < 3 or told, f"{file}:{function.lineno}: {function.name}"
+
+
 def test_sqlite_is_opened_in_one_place():
     assert [f.name for f in (ROOT / "nbs_lib").rglob("*.py") if "sqlite3.connect" in f.read_text()] == ["sqlite.py"]
 

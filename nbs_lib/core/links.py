@@ -22,8 +22,8 @@ def address(file: Path) -> str | None:
     return quote(os.path.relpath(Path(file).resolve(), page))
 
 def link(
-    text: str,
-    file: Path,
+    text: str,           # what the link says, plain text
+    file: Path,          # where it leads; it need not exist
     fragment: str = "",  # a place in the page, as `#failed`
 ) -> str:                # HTML
     "A link to `file`; where it cannot be reached the text and the file's path, where there is none the text alone."

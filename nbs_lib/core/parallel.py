@@ -24,10 +24,10 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     while batch := list(islice(iterator, size)): yield batch
 
 def parallel(
-    function: Callable[[T], R],
-    items: Iterable[T],  # read no more than `2 * workers` ahead
-    workers: int,        # threads
-) -> Iterator[R]:        # in the order of `items`
+    function: Callable[[T], R],  # called on the threads; what it raises comes when its item's turn has come
+    items: Iterable[T],          # read no more than `2 * workers` ahead
+    workers: int,                # threads
+) -> Iterator[R]:                # in the order of `items`
     "`map(function, items)` on several threads."
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque = deque()

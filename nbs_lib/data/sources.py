@@ -269,9 +269,9 @@ def _state_on_disk(path: Path) -> str | None:
     return "\n".join(f"{p.relative_to(path)}|{s.st_size}|{s.st_mtime_ns}" for p, s in stats)
 
 def source_signature(
-    spec: str,           # as for `open_source`, like the rest
-    recipe: Recipe,
-    settings: Settings,
+    spec: str,           # as for `open_source`
+    recipe: Recipe,      # `images` and `target` count; for faces `seed`, for an address `sha256` where it is given
+    settings: Settings,  # with the home, from which a relative path leads
 ) -> str | None:         # None where only reading can tell
     "A short text that changes when the source changes, found without reading it."
     state: str | None

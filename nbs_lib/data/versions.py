@@ -21,7 +21,11 @@ from ..tracking.versions import dataset_of
 __all__ = ['choose_source', 'newest', 'add_version']
 
 # %% ../../notebooks/library/data/06_versions.ipynb #1304cfd1
-def choose_source(parameter: str | None, recipe: Recipe, parent: Dataset | None) -> str:
+def choose_source(
+    parameter: str | None,   # the source that a step was given; None or empty: none
+    recipe: Recipe,          # its `source` counts where there is no dataset, or where it was changed since
+    parent: Dataset | None,  # the newest version; None where there is none yet
+) -> str:                    # as for `open_source`
     "The parameter, else what the dataset was last read from, else what the recipe says, where it says something new."
     if parameter: return parameter
     if parent is None or parent.card["recipe_source"] != public(recipe.source): return recipe.source

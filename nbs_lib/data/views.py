@@ -82,9 +82,9 @@ def plot_balance(dataset: Dataset, most: int = 24) -> Figure:
 
 # %% ../../notebooks/library/data/07_views.ipynb #7413c0d9
 def plot_samples(
-    dataset: Dataset,
-    most: int = 10,   # classes, of all targets together
-    each: int = 6,    # pictures of a class
+    dataset: Dataset,  # its newest images are shown
+    most: int = 10,    # largest classes, of all targets together, but no fewer than 2 of each
+    each: int = 6,     # pictures of a class at most
 ) -> Figure:
     "Pictures of every target's classes."
     import matplotlib.pyplot as plt

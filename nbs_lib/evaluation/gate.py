@@ -16,10 +16,10 @@ __all__ = ['paired_bootstrap', 'Decision', 'correctness', 'decide']
 
 # %% ../../notebooks/library/evaluation/00_gate.ipynb #4de4bb8d
 def paired_bootstrap(
-    differences: np.ndarray,     # of the two models' scores, image by image (n,)
-    resamples: int,              # how often n images are drawn anew
-    seed: int = 0,
-) -> tuple[float, float, float]: # mean, lower and upper 95 % bound; zeros for no image
+    differences: np.ndarray,      # of the two models' scores, image by image (n,)
+    resamples: int,               # how often n images are drawn anew
+    seed: int = 0,                # of the draws: the same seed, the same bounds
+) -> tuple[float, float, float]:  # mean, lower and upper 95 % bound; zeros for no image
     "The mean difference, and how far chance alone moves it."
     if not len(differences): return 0.0, 0.0, 0.0
     n, (values, counts) = len(differences), np.unique(differences, return_counts=True)

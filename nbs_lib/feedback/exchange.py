@@ -97,12 +97,12 @@ class _Incoming:
 
 # %% ../../notebooks/library/feedback/03_exchange.ipynb #e43f2272
 def take_in(
-    store: Store,
-    items: Iterable[Item],
-    user: str,                       # who says what the items' labels say
-    classes: dict[str, list[str]],   # target -> classes of the dataset
-    imported: bool = False,          # as for `Store.admit`
-) -> dict:                           # a report: numbers, and lists of at most `LISTED` names
+    store: Store,                   # where the images go
+    items: Iterable[Item],          # files and their labels; too many bad ones (`max_bad` of [data]) stop it all
+    user: str,                      # who says what the items' labels say
+    classes: dict[str, list[str]],  # target -> classes of the dataset
+    imported: bool = False,         # as for `Store.admit`
+) -> dict:                          # a report: numbers, and lists of at most `LISTED` names
     "Let in all images of `items` with what is said of them, or none; raises `UserError`."
     user, seen = check_user(user), _Incoming()
     with store.staging() as place:
@@ -134,23 +134,23 @@ def _items(paths: Iterable[Path], labels: dict[str, str], limit: float) -> Itera
 
 # %% ../../notebooks/library/feedback/03_exchange.ipynb #6f0c6a2c
 def add_files(
-    store: Store,
-    paths: Iterable[Path],           # images, and folders of them
-    user: str,                       # who says what `labels` say
-    classes: dict[str, list[str]],   # target -> classes of the dataset
-    labels: Iterable[str] = (),      # of all of them, as `parse_labels` takes them; none: they are to be looked at
-) -> dict:                           # the report of `take_in`
+    store: Store,                   # where the images go; its settings say how large a file may be
+    paths: Iterable[Path],          # images, and folders of them
+    user: str,                      # who says what `labels` say
+    classes: dict[str, list[str]],  # target -> classes of the dataset
+    labels: Iterable[str] = (),     # of all of them, as `parse_labels` takes them; none: they are to be looked at
+) -> dict:                          # the report of `take_in`
     "Take in images and folders of images; raises `UserError`."
     items = _items(map(Path, paths), parse_labels(labels, classes), store.settings.feedback.max_upload_mb)
     return take_in(store, items, user, classes)
 
 def import_folder(
-    store: Store,
-    path: Path,                      # a folder or zip with class folders, or with a table of labels
-    user: str,                       # who says so
-    classes: dict[str, list[str]],   # target -> classes of the dataset
-    table: Path | None = None,       # one that lies elsewhere
-) -> dict:                           # the report of `take_in`
+    store: Store,               # where the images go; its recipe says which of several targets class folders are for
+    path: Path,                 # a folder or zip with class folders, or with a table of labels
+    user: str,                  # who says so
+    classes: dict[str, list[str]],  # target -> classes of the dataset
+    table: Path | None = None,  # one that lies elsewhere
+) -> dict:                      # the report of `take_in`
     "Take in labelled images by the folder; raises `UserError`."
     if not (path := Path(path)).exists(): raise UserError(f"{path}: no such folder or zip")
     target = next(iter(classes)) if len(classes) == 1 else use_recipe(store.settings, store.recipe)[1].target

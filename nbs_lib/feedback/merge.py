@@ -67,10 +67,10 @@ def compare(dataset: Dataset, standing: pd.DataFrame) -> list[Answer]:
 ReadImages = Callable[[list[str]], Iterable[tuple[str, bytes]]]   # of ids; returns pairs of id and file
 
 def keep_apart(
-    dataset: Dataset,
-    answers: list[Answer],   # outcome, reason, split and group of those that join are set
-    images: ReadImages,      # reads new ones
-    least: float,            # similarity, 0 to 1, that two near copies have at least: `near_duplicate` of settings.ini
+    dataset: Dataset,       # its held-out images (validation, test) must not come again in what joins
+    answers: list[Answer],  # outcome, reason, split and group of those that join are set
+    images: ReadImages,     # reads new ones
+    least: float,           # similarity, 0 to 1, that two near copies have at least: `near_duplicate` of settings.ini
 ) -> None:
     "Leave out near copies of held-out images, and give the others that join their split."
     joining, rows = [a for a in answers if a.outcome == "joins"], dataset.rows
@@ -112,9 +112,9 @@ def hold_new_classes(dataset: Dataset, answers: list[Answer]) -> None:
 
 # %% ../../notebooks/library/feedback/04_merge.ipynb #a84e39f2
 def hold_too_few(
-    dataset: Dataset,
-    answers: list[Answer],
-    least: float,            # fraction of the dataset's images, 0 to 1: `min_new` of settings.ini
+    dataset: Dataset,       # the version that would grow
+    answers: list[Answer],  # those that join or correct are counted, and wait if they are too few
+    least: float,           # fraction of the dataset's images, 0 to 1: `min_new` of settings.ini
 ) -> None:
     "Let all wait if they are less than a fraction of the dataset."
     taken, needed = [a for a in answers if a.taken], math.ceil(least * len(dataset.rows))
@@ -136,11 +136,11 @@ def _teach(dataset: Dataset, answers: list[Answer]) -> None:
 
 # %% ../../notebooks/library/feedback/04_merge.ipynb #ab374403
 def weigh(
-    dataset: Dataset,
-    standing: pd.DataFrame,   # from `Store.standing`
-    images: ReadImages,       # reads images of the store
-    rules: Feedback,
-    force: bool = False,      # however few are new
+    dataset: Dataset,        # the version that would grow
+    standing: pd.DataFrame,  # from `Store.standing`
+    images: ReadImages,      # reads images of the store
+    rules: Feedback,         # [feedback] of the settings: `min_new` and `near_duplicate` count
+    force: bool = False,     # however few are new
 ) -> list[Answer]:
     "What comes of each answer that stands."
     answers = compare(dataset, standing)
@@ -153,12 +153,12 @@ def weigh(
 
 # %% ../../notebooks/library/feedback/04_merge.ipynb #4a7bc358
 def write_merged(
-    folder: Path,                      # of the new version; not there yet
-    dataset: Dataset,                  # its parent
-    answers: list[Answer],             # from `weigh`
-    image: Callable[[str], bytes],     # reads an image of the store by its id
-    settings: Settings,
-) -> Dataset:                          # the child, or `dataset` itself where nothing joins or corrects
+    folder: Path,                   # of the new version; not there yet
+    dataset: Dataset,               # its parent
+    answers: list[Answer],          # from `weigh`
+    image: Callable[[str], bytes],  # reads an image of the store by its id
+    settings: Settings,             # [data] limits what is let in
+) -> Dataset:                       # the child, or `dataset` itself where nothing joins or corrects
     "Write the child version that takes what `answers` say."
     taken = [a for a in answers if a.taken]
     if not taken: return dataset

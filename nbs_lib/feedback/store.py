@@ -114,11 +114,11 @@ def stage(self: Store, place: Path, data: bytes) -> str:
 @patch
 def admit(
     self: Store,
-    place: Path,                                   # the folder where they are staged
-    sent: Iterable[Sent],
-    classes: dict[str, list[str]] | None = None,   # target -> classes of the dataset; None: not known
-    imported: bool = False,                        # a word counts as a repetition if it is the last one *imported*
-) -> dict[str, int]:                               # images that are `new` and `known`, words `said` and `repeated`
+    place: Path,                                  # the folder where they are staged
+    sent: Iterable[Sent],                         # images, each of them staged or known, with what is said of them
+    classes: dict[str, list[str]] | None = None,  # target -> classes of the dataset; None: not known
+    imported: bool = False,                       # a word counts as a repetition if it is the last one *imported*
+) -> dict[str, int]:                              # images that are `new` and `known`, words `said` and `repeated`
     "Take staged images in, all or none; a word that repeats the user's last one of an image makes no new row."
     count, moved, folders = Counter(new=0, known=0, said=0, repeated=0), [], set()
     try:
@@ -172,11 +172,11 @@ def _predict(self: Store, db, id: str, prediction: dict) -> None:
 @patch
 def add(
     self: Store,
-    data: bytes,                      # of the image file
-    name: str,
-    user: str,                        # who sends it
-    prediction: dict | None = None,   # `{"model": …, "targets": {target: {class: probability}}}`
-) -> tuple[str, bool]:                # its id, and whether it is new
+    data: bytes,                     # of the image file
+    name: str,                       # of the file, for people to see; a known image keeps the name that it has
+    user: str,                       # who sends it
+    prediction: dict | None = None,  # `{"model": …, "targets": {target: {class: probability}}}`
+) -> tuple[str, bool]:               # its id, and whether it is new
     "Take an image in, to be looked at; raises `BadImage`, and `UserError` over `max_upload_mb`."
     with self.staging() as place:
         id = self.stage(place, data)
@@ -219,10 +219,10 @@ def _lease(self: Store, db, user: str, ids: Iterable[str]) -> None:
 @patch
 def queue(
     self: Store,
-    user: str,
-    n: int,                 # images at most
-    order: str = "doubt",   # doubt | newest | suspects | review | unknown
-) -> list[Queued]:          # those first that the user holds already
+    user: str,             # whom the images are shown to, and nobody else for `lease_minutes`
+    n: int,                # images at most
+    order: str = "doubt",  # doubt | newest | suspects | review | unknown
+) -> list[Queued]:         # those first that the user holds already
     "The images for `user` to look at next, leased to them."
     user, (queue, by), now = check_user(user), QUEUE_ORDERS[order], time.time()
     free = """select id from images where queue = ? and leased_until <= ? and not (queue = 'unknown' and exists

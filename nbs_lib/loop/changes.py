@@ -79,13 +79,12 @@ def code_digest(notebook: Path) -> str:
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #b938b4f8
 def current_inputs(
-    of: Iterable[str],                # of feedback, dataset, source
-    recipe: str,
-    settings: Settings,
-    source: str | None = None,        # what the recipe names where not given
-    tracker: Tracker | None = None,   # opened where it is wanted and not given
-# number of the last word, reference of the newest version, signature of the source
-) -> dict[str, str | int | None]:
+    of: Iterable[str],               # of feedback, dataset, source: what is asked for
+    recipe: str,                     # its name
+    settings: Settings,              # with the recipe, and the home that is looked through
+    source: str | None = None,       # what the recipe names where not given
+    tracker: Tracker | None = None,  # opened where it is wanted and not given
+) -> dict[str, str | int | None]:  # number of the last word, reference of the newest version, signature of the source
     "What there is now of a recipe; None where there is nothing, of a source also where only reading can tell."
     found: dict[str, str | int | None] = {}
     if "feedback" in of:
@@ -115,11 +114,11 @@ def _artifacts(step: Step, notebook: Path, recipe: str, tracker: Tracker) -> dic
     return found
 
 def fingerprint(
-    step: Step,
-    notebook: Path,    # its own, or the one that stands for it
-    parameters: dict,  # of the notebook; `recipe` is one of them
-    settings: Settings,
-    tracker: Tracker,
+    step: Step,          # which artifacts, keys of the recipe and sections of the settings count
+    notebook: Path,      # its own, or the one that stands for it
+    parameters: dict,    # of the notebook; `recipe` is one of them
+    settings: Settings,  # with the recipe; those sections count, [project] and [tracking] always
+    tracker: Tracker,    # says which versions the step would read
 ) -> str | None:
     "SHA-256 of all that the step's result depends on; None where that cannot be known."
     name, recipe = use_recipe(settings, parameters["recipe"])
@@ -135,10 +134,10 @@ def fingerprint(
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #70adf197
 def done_before(
-    notebook: Path,
-    parameters: dict,
+    notebook: Path,    # the step's own, or the one that stands for it
+    parameters: dict,  # of the notebook; only `recipe` counts
     mark: str | None,  # the fingerprint that the step has now
-    tracker: Tracker,
+    tracker: Tracker,  # is asked whether what was made is still there
 ) -> Run | None:
     "The step's last success, if it had this fingerprint and what it made is still there."
     last = records.last_success(notebook, recipe=parameters["recipe"])
@@ -147,11 +146,11 @@ def done_before(
 
 # %% ../../notebooks/library/loop/01_changes.ipynb #edff5c0a
 def current_and_known(
-    on: Iterable[str],            # of feedback, dataset, source
-    settings: Settings,
-    recipe: str | None = None,
-    source: str | None = None,    # as the job's parameters name it
-) -> tuple[dict, dict]:           # both by the words of `on`
+    on: Iterable[str],          # of feedback, dataset, source
+    settings: Settings,         # with the recipe, and the home that is looked through
+    recipe: str | None = None,  # its name; None: the one under [project]
+    source: str | None = None,  # as the job's parameters name it; None: as `choose_source` finds
+) -> tuple[dict, dict]:         # both by the words of `on`
     """The recipe's `current_inputs`, and what is known of them: the dataset that production was trained on, the
     signature of what was read."""
     name, how = use_recipe(settings, recipe)

@@ -48,14 +48,13 @@ def _with_source(settings: Settings, recipe: str, source: str | None) -> Setting
     return settings.model_copy(update={"recipes": settings.recipes | {recipe: changed}})
 
 def run_loop(
-    recipe: str | None = None,         # the one under [project] where not given
-    source: str | None = None,         # read this instead of what the recipe names
-    force: bool = False,               # all steps, changed or not
-    timeout: float | None = None,      # seconds for all steps together
-    trigger: str = "cli",              # who or what started it, for the records
-    # called with a step's name before it, and with its record after it
-    on_step: Callable[[str, Run | None], None] | None = None,
-    on_cell: Callable[[int, int], None] | None = None,          # called with number and count before each code cell
+    recipe: str | None = None,                          # the one under [project] where not given
+    source: str | None = None,                          # read this instead of what the recipe names
+    force: bool = False,                                # all steps, changed or not
+    timeout: float | None = None,                       # seconds for all steps together
+    trigger: str = "cli",                               # who or what started it, for the records
+    on_step: Callable[[str, Run | None], None] | None = None,  # a step's name, and None before it, its record after it
+    on_cell: Callable[[int, int], None] | None = None,  # called before each code cell: its number from 1, of how many
 ) -> Loop:
     """Run the steps of the recipe whose fingerprint has changed; raises `UserError`, also where somebody else is
     writing."""

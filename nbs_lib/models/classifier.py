@@ -196,10 +196,10 @@ def logits_of(
     return model.logits(features.reshape(len(ids), len(model._weight))), computed
 
 def predict_dataset(
-    model: Classifier,      # as for `logits_of`, like the rest
-    dataset: Dataset,
-    ids: Sequence[str],
-    batch_size: int = 32,
+    model: Classifier,     # its temperatures calibrate what it says
+    dataset: Dataset,      # has the images
+    ids: Sequence[str],    # of the images wanted
+    batch_size: int = 32,  # images run at once
 ) -> tuple[dict[str, np.ndarray], int]:
     "Calibrated probabilities, float64 (n, classes), in place of `logits_of`'s logits."
     logits, computed = logits_of(model, dataset, ids, batch_size)

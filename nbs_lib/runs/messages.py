@@ -118,13 +118,13 @@ def _try_all(ways: dict[str, Way], seconds: float) -> dict[str, str | None]:
 
 # %% ../../notebooks/library/runs/07_messages.ipynb #859046a8
 def notify(
-    event: str,                           # one of `KINDS`
-    title: str,
-    text: str,
-    settings: Settings | None = None,     # None: those of the home
-    run: str | None = None,               # id of the tracked run that it is about, which has ended
-    log: Path | None = None,              # a file to which problems are added
-) -> list[str]:                           # what went wrong, a line each and without secrets
+    event: str,                        # one of `KINDS`
+    title: str,                        # made one line; its first 200 characters are sent
+    text: str,                         # its first 4,000 characters are sent; the title where it is empty
+    settings: Settings | None = None,  # None: those of the home
+    run: str | None = None,            # id of the tracked run that it is about, which has ended
+    log: Path | None = None,           # a file to which problems are added
+) -> list[str]:                        # what went wrong, a line each and without secrets
     "Send a message if `[notify]` wants it; raises nothing but `UserError` for the settings."
     settings = settings or load_settings()
     if event != "completed" and event not in settings.notify.events: return []

@@ -67,7 +67,12 @@ class NotebookClient(PapermillNotebookClient):
         if out and out.output_type == "stream": self.shorten(outs, out, cell_index)
         return out
 
-    def shorten(self, outs: list, out: Any, cell_index: int) -> None:
+    def shorten(
+        self,
+        outs: list,       # the cell's outputs so far; changed in place
+        out: Any,         # the last one of them, a stream
+        cell_index: int,  # the cell's position in the notebook, from 0
+    ) -> None:
         "Cut what the cell has just printed, `out`, where it is too much, and leave out all that follows."
         before = self.printed[cell_index]
         self.printed[cell_index] += len(out.text)

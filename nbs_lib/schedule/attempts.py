@@ -48,13 +48,12 @@ def result_of(run: records.Run) -> str | None:
 
 # %% ../../notebooks/library/schedule/02_attempts.ipynb #da338007
 def attempt(
-    job: Job,
-    trigger: str,                                              # who or what started it, for the records
-    # called with the reason where it has to wait, with None when it begins
-    on_wait: Callable[[str | None], None] | None = None,
-    before: dict | None = None,                                # the mark of the job's last success
-    on_step: Callable[[str, records.Run | None], None] | None = None,  # as in `run_loop`
-    on_cell: Callable[[int, int], None] | None = None,
+    job: Job,                                             # what to run: its notebook, or the loop
+    trigger: str,                                         # who or what started it, for the records
+    on_wait: Callable[[str | None], None] | None = None,  # called with the reason to wait, None when it begins
+    before: dict | None = None,                           # the mark of the job's last success; None: none yet
+    on_step: Callable[[str, records.Run | None], None] | None = None,  # as in `run_loop`; unused for a notebook
+    on_cell: Callable[[int, int], None] | None = None,    # as in `run_loop`; unused for a notebook
 ) -> Outcome:
     "Do what the job says, once; raises `UserError`."
     settings, mark = load_settings(), None

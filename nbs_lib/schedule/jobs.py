@@ -216,7 +216,11 @@ def last_slot(job: Job, until: datetime) -> datetime:
     while not (slot := _on(job, day)) or slot > until: day -= timedelta(1)
     return slot
 
-def count_slots(job: Job, after: datetime, until: datetime) -> int:
+def count_slots(
+    job: Job,         # whose slots are counted
+    after: datetime,  # UTC; a slot at this moment does not count
+    until: datetime,  # UTC; a slot at this moment counts
+) -> int:
     "How many slots lie later than `after` and not later than `until`."
     if job.every: return int(until.timestamp() // job.every - after.timestamp() // job.every)
     count = 0

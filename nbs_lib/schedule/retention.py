@@ -72,9 +72,9 @@ def freed_bytes(path: Path) -> int:
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #8cddff22
 def old_runs(
-    settings: Settings,
-    keep: Lineage,        # what production came from
-    now: datetime,
+    settings: Settings,    # [retention] `keep_days` and `keep_runs`, and the home
+    keep: Lineage,         # what production came from
+    now: datetime,         # UTC; `keep_days` end here
 ) -> Iterator[Removable]:  # the oldest last
     "Runs whose outputs may go."
     border = (now - timedelta(days=settings.retention.keep_days)).isoformat()
@@ -94,9 +94,9 @@ def old_runs(
 
 # %% ../../notebooks/library/schedule/05_retention.ipynb #05e9b1fd
 def old_versions(
-    settings: Settings,
-    tracker: Tracker,
-    keep: Lineage,        # what production came from
+    settings: Settings,  # [retention] `keep_versions`
+    tracker: Tracker,    # whose datasets, models and notebooks are looked through
+    keep: Lineage,       # what production came from
 ) -> Iterator[Version]:
     "Versions that nobody needs."
     for kind in ("dataset", "model", "notebook"):
@@ -140,9 +140,9 @@ class Cleanup:
     def bytes(self) -> int: return sum(i.bytes for i in self.items)
 
 def plan_cleanup(
-    settings: Settings,
-    tracker: Tracker,
-    now: datetime | None = None,
+    settings: Settings,           # [retention], and the home that is looked through
+    tracker: Tracker,             # has the versions, and says what production came from
+    now: datetime | None = None,  # UTC; None: this moment
 ) -> Cleanup:
     """What may go at the time `now`; changes nothing. Raises `UserError` where the tracker cannot say what production
     came from."""

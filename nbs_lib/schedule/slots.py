@@ -124,8 +124,8 @@ def _know(db, job: Job, now: datetime, old: State | None = None) -> None:
                (job.name, job.timing, since, job.model_dump_json()))
 
 def sync(
-    jobs: Iterable[Job],
-    now: datetime,
+    jobs: Iterable[Job],       # those that are new or changed; the others stay as they are
+    now: datetime,             # when the slots of a new job begin, and of one whose times have changed
     gone: Iterable[str] = (),  # names of jobs whose files are there no more: they will be new when they come back
 ) -> None:
     "Remember the jobs as they are."
@@ -156,8 +156,8 @@ def _newly_due(db, job: Job, now: datetime, catch_up: str) -> Slot | None:
     return Slot(job.name, stamp(latest), status, missed, reason=reason, definition=job.model_dump_json())
 
 def plan_slots(
-    jobs: Iterable[Job],
-    now: datetime,
+    jobs: Iterable[Job],    # whose slots are looked for
+    now: datetime,          # a slot later than this has not come
     catch_up: str = "one",  # as in settings.ini: one | none
 ) -> list[Slot]:
     "Write down the slots that have come by `now`, and return the new ones."
@@ -181,11 +181,11 @@ def due(now: datetime) -> list[Slot]:
     with _database() as db: return _select(db, "status = 'due' and not_before <= ? order by slot, job", now.timestamp())
 
 def claim(
-    slot: Slot,
-    now: datetime,
+    slot: Slot,                 # the one to start
+    now: datetime,              # when its lease of `LEASE` seconds begins
     parallel: int = 1_000_000,  # so many runs may go at once
     job: Job | None = None,     # the job as it is now; as it was when it was planned where not given
-) -> Slot | None:
+) -> Slot | None:               # as it is then
     "Lease a slot that is due; None where somebody else has it or there is no room."
     with _database() as db:
         room = db.execute("select count(*) < ? from slots where status in ('starting', 'running')",
@@ -245,7 +245,7 @@ def _count_failure(db, job: str, reason: str | None, limit: int) -> None:
         if failures >= limit: db.execute("update jobs set paused = ? where name = ? and paused is null", (why, job))
 
 def end_attempt(
-    token: str,
+    token: str,                 # of the slot's lease, good for this attempt only
     status: str,                # completed | failed | cancelled | skipped
     reason: str | None = None,  # why it failed or was skipped
     result: str | None = None,  # what came of it, in a line

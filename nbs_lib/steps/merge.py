@@ -23,12 +23,12 @@ __all__ = ['merge', 'merge_in_short', 'taken_pictures', 'copies_left_out']
 
 # %% ../../notebooks/52_merge.ipynb #0b569004
 def merge(
-    name: str,             # of the recipe
-    settings: Settings,
-    tracker: Tracker,
-    run: TrackedRun,       # that the version is made by
-    force: bool = False,   # however few images are new
-) -> tuple[Dataset, bool, list[Answer]]:   # the newest version, whether it is new, what came of each answer
+    name: str,                            # of the recipe
+    settings: Settings,                   # [data] and [feedback] count; the store is in their home
+    tracker: Tracker,                     # keeps the versions
+    run: TrackedRun,                      # that the version is made by
+    force: bool = False,                  # however few images are new
+) -> tuple[Dataset, bool, list[Answer]]:  # the newest version, whether it is new, what came of each answer
     "Log what people said as the next version of `NAME-dataset`; raises `UserError`."
     store = Store(name, settings)
     answers: list[Answer] = []
@@ -43,8 +43,12 @@ def merge(
     return data, is_new, answers
 
 # %% ../../notebooks/52_merge.ipynb #1524324c
-def merge_in_short(data: Dataset, is_new: bool, counts: Counter) -> str:
-    "What was decided, as Markdown; `counts` are the answers of each outcome."
+def merge_in_short(
+    data: Dataset,    # the newest version
+    is_new: bool,     # whether it was made just now
+    counts: Counter,  # outcome -> how many answers
+) -> str:             # Markdown
+    "What was decided."
     rows = f"{data.card['rows']:,}"
     if is_new:
         return (f"**{data.ref}** is a new version of {rows} images: **{counts['joins']:,}** joined, "
@@ -52,7 +56,11 @@ def merge_in_short(data: Dataset, is_new: bool, counts: Counter) -> str:
     return (f"Nothing is merged: **{data.ref}** with its {rows} images stays the newest version; "
             f"**{counts['waits']:,}** images wait.")
 
-def taken_pictures(answers: list[Answer], store: Store, most: int = 12) -> list[tuple[str, bytes]]:
+def taken_pictures(
+    answers: list[Answer],     # from `merge`, of all outcomes
+    store: Store,              # in which the images are
+    most: int = 12,            # pictures, spread evenly over the answers
+) -> list[tuple[str, bytes]]:  # title (the new label, who said so) and file
     "Title (the new label, who said so) and file of up to `most` images that joined or were corrected."
     def title(answer: Answer) -> str:
         return f"{_labels(answer)}\n{answer.user}{', corrected' if answer.outcome == 'corrects' else ''}"
@@ -61,11 +69,11 @@ def taken_pictures(answers: list[Answer], store: Store, most: int = 12) -> list[
     return [(title(a), store.image(a.id)) for a in (taken[i * len(taken) // most] for i in range(most))]
 
 def copies_left_out(
-    answers: list[Answer],
-    store: Store,                  # in which the copies are
-    data: Dataset,                 # in which the images are that they are like
-    most: int = 6,                 # pairs
-) -> list[tuple[str, bytes]]:      # title and file
+    answers: list[Answer],     # from `merge`, of all outcomes
+    store: Store,              # in which the copies are
+    data: Dataset,             # in which the images are that they are like
+    most: int = 6,             # pairs
+) -> list[tuple[str, bytes]]:  # title and file
     "Images that were left out, each followed by the one that it is a copy of."
     copies = [a for a in answers if a.outcome == "left out"][:most]
     twins = dict(data.images(a.like for a in copies if a.like))

@@ -65,8 +65,8 @@ def _feedback(recipe: str, settings: Settings, runs: Iterable[Run]) -> tuple[dic
     return store.stats(), int(((answers["status"] == "agreed") & (answers["said_at"] > last)).sum())
 
 def read_state(
-    recipe: str,
-    settings: Settings,
+    recipe: str,              # its name
+    settings: Settings,       # with the home that the recipe's feedback store is in
     tracker: Tracker | None,  # None where nothing was tracked
     runs: Iterable[Run],      # newest first
 ) -> RecipeState:
@@ -123,9 +123,9 @@ def failures(runs: Iterable[Run], recipe: str | None = None) -> list[Run]:
     return [r for r in mine if r.status == "failed" and writes(r.known_as or "")]
 
 def next_todo(
-    states: Iterable[RecipeState],
-    failed: Sequence[Run],   # newest first
-    jobs: Iterable[dict],    # as `schedule.daemon.job_table` lists them
+    states: Iterable[RecipeState],  # of one recipe or more
+    failed: Sequence[Run],          # newest first
+    jobs: Iterable[dict],           # as `schedule.daemon.job_table` lists them
 ) -> Todo:
     "The one thing to do: mend what has failed or is paused, else what is most urgent of what the recipes want."
     if failed:

@@ -19,9 +19,9 @@ __all__ = ['find_model', 'promote', 'rollback']
 
 # %% ../../notebooks/library/tracking/04_promotion.ipynb #8554207e
 def find_model(
-    tracker: Tracker,
-    recipe: str,    # whose model it is
-    model: str,     # version or alias of the recipe's model, or NAME:VERSION of another
+    tracker: Tracker,  # where the model is looked up
+    recipe: str,       # whose model it is
+    model: str,        # version or alias of the recipe's model, or NAME:VERSION of another
 ) -> Version:
     "The version that is meant; raises `UserError` where there is none."
     ref = model if ":" in model else f"{model_of(recipe)}:{model}"
@@ -29,9 +29,9 @@ def find_model(
     raise UserError(f"there is no model {ref}; `loopbook models` lists them, `loopbook loop` makes one")
 
 def promote(
-    tracker: Tracker,
-    name: str,     # of the model's artifact
-    version: str,  # `v3`, or an alias as `candidate`
+    tracker: Tracker,  # whose aliases `production` and `previous` move
+    name: str,         # of the model's artifact
+    version: str,      # `v3`, or an alias as `candidate`
 ) -> Version:
     "Make a version the production model; raises `UserError`."
     new, old = tracker.resolve(f"{name}:{version}"), tracker.resolve(f"{name}:production")

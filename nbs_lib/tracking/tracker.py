@@ -246,10 +246,10 @@ def attach(
 @patch
 def alert(
     self: Tracker,
-    title: str,
-    text: str,
-    level: str = "info",         # `info` or `error`
-    run_id: str | None = None,   # the run that it is about, which has ended; default: a run of its own
+    title: str,                 # one line; W&B shows its first 63 characters
+    text: str,                  # what there is to know, plain text
+    level: str = "info",        # `info` or `error`
+    run_id: str | None = None,  # the run that it is about, which has ended; default: a run of its own
 ) -> None:
     "Send an alert; raises `UserError`."
     id = f"alert-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"

@@ -118,8 +118,8 @@ def table(
 @patch
 def alert(
     self: TrackioRun,
-    title: str,
-    text: str,
+    title: str,  # one line
+    text: str,   # what there is to know, plain text
     level: str,  # `info` or `error`
 ) -> None:
     "Show an alert about this run in the dashboard."
@@ -174,7 +174,7 @@ class TrackioBackend:
         self,
         name: str,     # of the artifact
         version: str,  # `v3`: where the alias moves to
-        alias: str,
+        alias: str,    # `latest`, `production` or another; no other version of the artifact bears it then
     ) -> None:
         found = self._manifest(f"{name}:{version}")
         self.storage.reassign_alias(self.project, found["artifact_id"], alias, found["version_id"])

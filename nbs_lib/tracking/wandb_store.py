@@ -159,7 +159,7 @@ def table(
 def alert(
     self: WandbRun,
     title: str,  # its first 63 characters are shown: the server takes no longer one
-    text: str,
+    text: str,   # what there is to know, plain text
     level: str,  # `info` or `error`
 ) -> None:
     "Show an alert about this run in the dashboard."
@@ -228,7 +228,7 @@ class WandbBackend:
         self,
         name: str,     # of the artifact
         version: str,  # `v3`: where the alias moves to
-        alias: str,
+        alias: str,    # `latest`, `production` or another; no other version of the artifact bears it then
     ) -> None:
         found = self._artifact(f"{name}:{version}")
         found.aliases.append(alias)
@@ -355,8 +355,8 @@ class OfflineBackend:
 
     def record(
         self,
-        run: WandbRun,
-        version: Version,
+        run: WandbRun,             # the recording, not finished yet
+        version: Version,          # of the local store, which has its files
         aliases: tuple[str, ...],  # that the version is to bear, beside `latest`
     ) -> None:
         "Let `run` log what the local store has of `version`."
@@ -368,7 +368,7 @@ class OfflineBackend:
         self,
         name: str,     # of the artifact
         version: str,  # `v3`: where the alias moves to
-        alias: str,
+        alias: str,    # `latest`, `production` or another; no other version of the artifact bears it then
     ) -> None:
         self.local.set_alias(name, version, alias)
         for folder in (self.settings.home / "data" / "wandb").glob("offline-run-*"):

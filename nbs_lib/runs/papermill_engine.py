@@ -14,8 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nbformat.v4 import new_output
-
 from ..core.files import write_atomic
 from .kernels import KernelManager
 
@@ -36,6 +34,7 @@ def _load_papermill() -> ModuleType:
 papermill = _load_papermill()
 
 # %% ../../notebooks/library/runs/08_papermill_engine.ipynb #c8045805
+from nbformat.v4 import new_output   # here, since it loads jsonschema
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.iorw import papermill_io

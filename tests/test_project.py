@@ -224,3 +224,8 @@ def test_the_command_line_loads_nothing_heavy():
     code = f"import sys, nbs_lib.cli.main; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_builds_no_grammar_of_addresses():
+    code = "import sys, nbs_lib.runs.execute, nbs_lib.runs.papermill_engine; print('rfc3987_syntax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -4,12 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from schedules import (  # noqa: F401  fixtures
     CLI,
     START,
@@ -131,6 +133,37 @@ def test_sigterm_stops_the_daemon_and_its_runs_and_a_new_one_takes_them_up(here)
     done = subprocess.run([*CLI, "schedule", "--once", "--json"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert ("completed", waiting[0].slot) in [(s["status"], s["slot"]) for s in json.loads(done.stdout)]
+
+
+def test_what_one_daemon_has_stopped_another_does_not_take_for_killed(here):
+    daemon, now = Daemon(print), datetime.now(UTC)
+    ready = "import signal, sys, time; signal.signal(signal.SIGTERM, {}); print(flush=True); time.sleep({})"
+    for name, how, seconds in (("lingers", "signal.SIG_IGN", 6), ("ends", "signal.SIG_DFL", 300)):
+        job = Job(name=name, notebook="long.ipynb", every="1d")
+        slots.sync([job], now)
+        slot = slots.take(slots.claim(slots.add_slot(job, now), now).claimed_token)
+        process = subprocess.Popen([sys.executable, "-c", ready.format(how, seconds)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        daemon.running[slot.claimed_token] = slot, process
+    stopping = threading.Thread(target=daemon.stop)
+    stopping.start()
+    until(lambda: slots.history(job="ends")[0].status != "running", 4)
+    assert slots.history(job="ends")[0].reason == "the scheduler was stopped", "while the other one lingers"
+    assert slots.history(job="lingers")[0].status == "running" and stopping.is_alive()
+    stopping.join()
+    assert {(s.job, s.status, s.attempt) for s in slots.history()} == {("lingers", "due", 0), ("ends", "due", 0)}
+
+
+def test_a_run_that_was_completed_when_it_was_told_to_stop_is_not_run_again(here):
+    job, now = Job(name="greet", notebook="hello.ipynb", every="1d"), datetime.now(UTC)
+    slots.sync([job], now)
+    slot = slots.claim(slots.add_slot(job, now), now)
+    with FileLock(here / "outputs" / ".index.lock"):         # for which it waits when its notebook has completed
+        process = attempts.start(slot)
+        until(lambda: any(r.status == "completed" for r in records.recent()))
+        process.terminate()
+        process.wait(300)
+    assert slots.history()[0].status == "completed"
 
 
 def test_a_job_that_is_cancelled_alone_stays_cancelled(here):

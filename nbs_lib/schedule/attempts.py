@@ -126,6 +126,16 @@ def start(slot: Slot) -> subprocess.Popen:
                                 stdin=subprocess.DEVNULL,
                                 stdout=log, stderr=log, cwd=home(), start_new_session=True, env=env)
 
+def _runs_of(slot: Slot) -> list[records.Run]:
+    "The records of the slot's attempt, the newest first."
+    return [r for r in records.recent(trigger=slot.trigger) if (r.started_at or "") >= (slot.started_at or "")]
+
+def _done_already(slot: Slot) -> Outcome | None:
+    "What came of an attempt that was ended when its notebook had completed; None where it had not, or for a loop."
+    last = next(iter(_runs_of(slot)), None)
+    if slot.defined.loop or not last or last.status != "completed": return None
+    return Outcome("completed", None, result_of(last))
+
 def run_slot(job: str, token: str) -> None:
     "Run the slot that `token` is for, in this process, and write down how it ended."
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -133,7 +143,7 @@ def run_slot(job: str, token: str) -> None:
         if not (slot := slots.take(token)): return
         def on_wait(reason): slots.note(slot, reason and f"waits: {reason}")
         try: outcome = attempt(slot.defined, slot.trigger, on_wait, slots.recall(slot.defined))
-        except KeyboardInterrupt: outcome = Outcome("cancelled", "cancelled")
+        except KeyboardInterrupt: outcome = _done_already(slot) or Outcome("cancelled", "cancelled")
         except UserError as error: outcome = Outcome("failed", str(error))
         except Exception as error:
             outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
@@ -158,13 +168,9 @@ def end_dead_attempt(slot: Slot) -> Slot | None:
             if not any(s.token == slot.token for s in slots.history(1, job=slot.job, slot=slot.slot, status="running")):
                 return None
             kill_processes(slot.claimed_token)
-            found = [r for r in records.recent(trigger=slot.trigger) if (r.started_at or "") >= (slot.started_at or "")]
-            mark_killed(found)
-            if found and found[0].status == "completed" and not slot.defined.loop:
-                return send_in_background(slots.end_attempt(slot.claimed_token, "completed",
-                                                            result=result_of(found[0])))
-            return send_in_background(slots.end_attempt(slot.claimed_token, "failed",
-                                                        "killed: its process ended without a word"))
+            mark_killed(_runs_of(slot))
+            outcome = _done_already(slot) or Outcome("failed", "killed: its process ended without a word")
+            return send_in_background(slots.end_attempt(slot.claimed_token, **vars(outcome)))
     except Timeout: return None
 
 def mark_killed(found: Iterable[records.Run]) -> None:

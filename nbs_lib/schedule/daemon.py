@@ -225,17 +225,24 @@ def stop(self: Daemon) -> None:
     for _, process in self.running.values():
         if process.poll() is None: process.send_signal(signal.SIGTERM)
     end = time.monotonic() + STOP
-    for token, (slot, process) in self.running.items():
-        while process.poll() is None and time.monotonic() < end: time.sleep(0.05)
-        if process.poll() is None:
-            kill_processes(token)
-            process.wait()
-        try: stopped = slots.give_back(slot, "the scheduler was stopped")
-        except UserError as error: self.say(str(error))                # the next daemon will find it killed
-        else:
-            if stopped: self.say(f"{slot.job}: stopped")
-    self.running.clear()
+    while self.running:
+        for token, (slot, process) in list(self.running.items()):
+            if process.poll() is None:
+                if time.monotonic() < end: continue
+                kill_processes(token)
+                process.wait()
+            del self.running[token]
+            self._give_back(slot)
+        time.sleep(0.05)
     self._presence.release()
+
+@patch
+def _give_back(self: Daemon, slot: Slot) -> None:
+    "Let a slot be due again whose run was stopped."
+    try: stopped = slots.give_back(slot, "the scheduler was stopped")
+    except UserError as error: self.say(str(error))                    # the next daemon will find it killed
+    else:
+        if stopped: self.say(f"{slot.job}: stopped")
 
 # %% ../../notebooks/library/schedule/03_daemon.ipynb #4cdc3231
 @patch

@@ -74,6 +74,7 @@ def test_failed_run(home, notebook):
     (["run", "evaluate", "-p", "recipe", "face"], "did you mean 'faces'"),
     (["run", "NOTEBOOK", "--kernel", "none"], "'none' is not installed"),
     (["loop", "--recipe", "face"], "did you mean 'faces'"), (["predict", "nowhere.jpg"], "no such file"),
+    (["predict", "no\x1b[31mwhere.jpg"], "no\\x1b[31mwhere.jpg"),
     (["rollback"], "no previous"), (["promote", "v9"], "there is no model"),
     (["predict", "PICTURE"], "there is no model faces-model:production")])
 def test_mistakes(home, notebook, tmp_path, words, said):

@@ -18,15 +18,12 @@ import numpy as np
 import pytest
 from browsers import CHROMIUM, OUTSIDE, jupyterlab, open_notebook, run_all
 from conftest import ROOT
-from jupyter_server.services.kernels.connection.base import serialize_binary_message
 from label_pages import Page, Served, environment, fill, kernels, standing, stop, wait_for_kernels
 from PIL import Image
 from small_data import picture
-from tornado.websocket import WebSocketClosedError
 
 from nbs_lib.core.settings import load_settings
 from nbs_lib.feedback.store import Store
-from nbs_lib.web.label_page import KernelSocket
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")]
 MODEL = """
@@ -321,13 +318,6 @@ def test_five_hundred_in_a_row(servers, stores, chromium):
     page.page.wait_for_timeout(1000 * max(0, 35 - (time.monotonic() - opened)))   # pings are sent every 30 seconds
     assert not page.problems and len(page.sockets) == sockets
     page.leave()
-
-
-def test_a_socket_that_was_closed_while_a_photo_was_on_its_way():
-    handler = KernelSocket.__new__(KernelSocket)
-    handler.ws_connection = None
-    photo = serialize_binary_message({"header": {"msg_type": "comm_msg"}, "buffers": [memoryview(b"photo")]})
-    with pytest.raises(WebSocketClosedError): handler.write_message(photo, True)
 
 
 def test_the_page_behind_its_token(servers, stores, chromium):

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Json, RecipeName, app, print_json, table
+from .terminal import Json, RecipeName, app, print_json, printable, table
 
 # %% auto #0
 __all__ = ['feedback', 'User', 'add', 'import_', 'stats', 'export', 'label_token', 'label']
@@ -36,10 +36,10 @@ def _login() -> str:
 def _told(report: dict, as_json: bool) -> None:
     "Print what an import came to; what was left out goes to standard error."
     if as_json: return print_json(report)
-    for name, why in report["bad_files"]: print(f"left out: {name}: {why}", file=sys.stderr)
+    for name, why in report["bad_files"]: print(printable(f"left out: {name}: {why}"), file=sys.stderr)
     for files in report["conflicting_files"]:
-        print(f"left out: the same image as {' and '.join(f'{name} ({_classes(labels)})' for name, labels in files)}",
-              file=sys.stderr)
+        same = " and ".join(f"{name} ({_classes(labels)})" for name, labels in files)
+        print(printable(f"left out: the same image as {same}"), file=sys.stderr)
     print(f"images {report['images']:,} ({report['new']:,} new)  ·  answers {report['said']:,} "
           f"({report['repeated']:,} said before)  ·  "
           f"to be looked at {report['unlabelled']:,}")

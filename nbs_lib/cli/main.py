@@ -12,7 +12,7 @@ import typer
 
 # importing them is what adds their commands
 from . import runs, models, feedback, schedule  # noqa: F401
-from .terminal import app
+from .terminal import app, printable
 
 # %% auto #0
 __all__ = ['ORDER', 'Usage', 'main']
@@ -47,5 +47,5 @@ def main() -> None:
             text = said and f"{said}; see `{where} --help`"
         elif isinstance(error, OSError) and error.strerror: text = f"{error.filename or 'the system'}: {error.strerror}"
         else: raise
-        if text: print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        if text: print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Json, RecipeName, app, counting, percent, print_json, table, tracking
+from .terminal import Json, RecipeName, app, counting, percent, print_json, printable, table, tracking
 
 # %% auto #0
 __all__ = ['datasets', 'models', 'dashboard', 'promote', 'rollback', 'brief', 'predict']
@@ -122,7 +122,7 @@ def predict(paths: Annotated[list[Path], typer.Argument(help="Images, or folders
         table(["image", *good[0]["targets"]], [(row["path"], *(_line(t["top"]) for t in row["targets"].values()))
                                                for row in good])
     for row in rows:
-        if "error" in row: print(f"error: {row['path']}: {row['error']}", file=sys.stderr)
+        if "error" in row: print(printable(f"error: {row['path']}: {row['error']}"), file=sys.stderr)
     if not good: raise typer.Exit(2)
 
 def _predict(files: list[Path], recipe: str | None, model: str, top: int, on_rows) -> list[dict]:

@@ -5,6 +5,7 @@
 # %% ../../notebooks/library/cli/00_terminal.ipynb #e5632e59
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from typing import Annotated
 import typer
 
 # %% auto #0
-__all__ = ['app', 'Json', 'RecipeName', 'COLOURS', 'console', 'print_json', 'table', 'percent', 'near', 'record', 'line',
-           'progress', 'ended', 'counting', 'tracking']
+__all__ = ['app', 'Json', 'RecipeName', 'COLOURS', 'CONTROLS', 'console', 'print_json', 'printable', 'table', 'percent', 'near',
+           'record', 'line', 'progress', 'ended', 'counting', 'tracking']
 
 # %% ../../notebooks/library/cli/00_terminal.ipynb #15911275
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -43,6 +44,12 @@ def print_json(value) -> None:
     known = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
     print(json.dumps(known, indent=1))
 
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+def printable(text) -> str:
+    "The text with its control characters as Python writes them: a file's name shall not steer the terminal."
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], str(text))
+
 def table(columns: Iterable[str], rows: Iterable[Iterable]) -> None:
     "Print a table of plain text; words that say how a run ended are coloured."
     from rich.table import Table
@@ -50,7 +57,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable]) -> None:
     grid = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns: grid.add_column(Text(column), overflow="fold")
     for row in rows:
-        grid.add_row(*(Text("" if cell is None else str(cell), COLOURS.get(str(cell), "")) for cell in row))
+        grid.add_row(*(Text("" if cell is None else printable(cell), COLOURS.get(str(cell), "")) for cell in row))
     console().print(grid)
 
 # %% ../../notebooks/library/cli/00_terminal.ipynb #7733bac9

@@ -19,8 +19,10 @@ class UserError(Exception):
 # %% ../../notebooks/library/core/00_errors.ipynb #7e59ee62
 def nearest(name: str, names: Iterable) -> str:
     "A hint at the right name, for the end of a message."
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(map(str, names)))}"
+    known = sorted(map(str, names))
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    if close: return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(known)}" if known else "; there are none"
 
 # %% ../../notebooks/library/core/00_errors.ipynb #dd37cb7a
 def without_password(text: str) -> str:

@@ -262,7 +262,8 @@ def use_recipe(
     "The recipe as a step is to use it; raises `UserError`."
     name = name or settings.project.recipe
     if name not in settings.recipes:
-        raise UserError(f"recipe {name!r} is not in {settings.home / 'settings.ini'}{nearest(name, settings.recipes)}")
+        raise UserError(f"recipe {name!r} is neither built in nor in {settings.home / 'settings.ini'}"
+                        f"{nearest(name, settings.recipes)}")
     given = {k: (v, f"parameter {k}") for k, v in parameters.items() if v is not None}
     current = settings.recipes[name].model_dump()
     return name, _validate(Recipe, {k: (v, "settings") for k, v in current.items()} | given)

@@ -166,12 +166,14 @@ def growth_bars(versions: Sequence[Version], most: int = 30) -> str:
 
 # %% ../../notebooks/00_start.ipynb #ed121bcb
 def recipe_row(state: RecipeState, source: str) -> list[str]:
-    "Recipe, where its images come from, dataset, how it grew, model in production, its accuracy."
+    """Recipe, where its images come from (before there are any, the recipe's `source`), dataset, how it grew, model in
+    production, its accuracy."""
     newest, model = next(iter(state.datasets), None), state.production
+    come_from = newest.metadata.get("source") or source if newest else source
     count, rows = len(state.datasets), (newest.metadata.get("rows") or 0) if newest else 0
     grew = f"{growth_bars(state.datasets)}<br>{count} version{'s' * (count > 1)}, {rows:,} images" if newest else ""
     accuracy = (model and model.metadata.get("accuracy")) or {}
-    return [f"<b>{html.escape(state.recipe)}</b>", f"<code>{html.escape(source)}</code>",
+    return [f"<b>{html.escape(state.recipe)}</b>", f"<code>{html.escape(come_from)}</code>",
             newest.ref if newest else "none yet", grew, model.ref if model else "none yet",
             "<br>".join(html.escape(f"{target} {value:.1%}") for target, value in accuracy.items())]
 

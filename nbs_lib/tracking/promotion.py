@@ -26,7 +26,8 @@ def find_model(
     "The version that is meant; raises `UserError` where there is none."
     ref = model if ":" in model else f"{model_of(recipe)}:{model}"
     if version := tracker.resolve(ref): return version
-    raise UserError(f"there is no model {ref}; `loopbook models` lists them, `loopbook loop` makes one")
+    raise UserError(f"there is no model {ref}; `loopbook models` lists them, `loopbook loop --recipe {recipe}` "
+                    "makes one; another recipe's is meant by `--recipe` (`-p recipe`)")
 
 def promote(
     tracker: Tracker,  # whose aliases `production` and `previous` move

@@ -100,6 +100,9 @@ def contract(folder: Path) -> None:
     assert "production" in tracker.set_alias("birds:v0", "production").aliases
     assert tracker.resolve("birds:production").version == "v0" and tracker.resolve("birds").version == "v1"
     assert tracker.annotate("birds:v0", {"rows": 3}).metadata == {"images": 7, "rows": 3}
+    with tracker.start("repeat", "dataset") as repeat:
+        same = repeat.log_artifact("birds", "dataset", fill(folder, "1"), metadata={"images": 7})
+    assert same.ref == "birds:v0" and same.metadata == {"images": 7, "rows": 3} and "production" in same.aliases
     assert tracker.resolve("birds:v0").aliases == tracker.resolve("birds:production").aliases
     assert tracker.resolve("birds:v9") is None and tracker.resolve("birds:nobody") is None
     assert tracker.lineage("model") == {"produced_by": train.id, "inputs": ["birds:v1"], "used_by": []}

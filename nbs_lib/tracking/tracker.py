@@ -124,7 +124,7 @@ def log_artifact(
     name: str,                      # of the artifact
     type: str,                      # `dataset`, `model` or another; one for all versions of a name
     folder: Path,                   # what is in it is the version
-    metadata: dict | None = None,   # kept with the version
+    metadata: dict | None = None,   # kept with the version, beside what was said of it before
     aliases: tuple[str, ...] = (),  # that it bears from the start
 ) -> Version:                       # a new one, which becomes `latest`, or the one that has this content already
     "Log the files of `folder` as a version; raises `UserError`."
@@ -134,7 +134,9 @@ def log_artifact(
     known = self._tracker.resolve(name)
     if known and known.type != type:
         raise UserError(f"{name!r} holds artifacts of type {known.type!r}, not {type!r}; choose another name")
-    version = self._run.log_artifact(name, type, files_in(folder), json_ready(metadata or {}), tuple(aliases))
+    before, given = {v.ref: v.metadata for v in self._tracker.versions(name)}, json_ready(metadata or {})
+    version = self._run.log_artifact(name, type, files_in(folder), given, tuple(aliases))
+    if said := before.get(version.ref): version = self._tracker.annotate(version.ref, said | given)
     if version.ref not in self._outputs: self._outputs.append(version.ref)
     self._write_result()
     return version

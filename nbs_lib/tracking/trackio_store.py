@@ -86,12 +86,9 @@ class TrackioRun:
         metadata: dict,            # kept with the version
         aliases: tuple[str, ...],  # that it bears from the start
     ) -> Version:                  # the new one, or the one that has this content already
-        known = {v.version: v.metadata for v in self._backend.versions(name)}
         artifact = self._backend.trackio.Artifact(name, type, metadata=metadata)
         for path, file in files.items(): artifact.add_file(file, name=path)
         artifact = self._run.log_artifact(artifact)
-        if before := known.get(artifact.version):          # Trackio would forget it, the gate's verdict too
-            self._backend.annotate(name, artifact.version, before | metadata)
         for alias in aliases: self._backend.set_alias(artifact.name, artifact.version, alias)
         return self._backend.get(f"{name}:{artifact.version}")
 

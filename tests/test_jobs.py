@@ -77,7 +77,7 @@ def test_yamls_own_ideas_of_on_and_of_times_do_no_harm(read):
     ("loop: true\nevery: 5m\nparameters: {recip: faces}",
      ":3: parameters: parameter 'recip': the loop has none of that name; did you mean 'recipe'?"),
     ("loop: true\nevery: 5m\nparameters: {force: 'yes'}", ":3: parameters: parameter force = 'yes'"),
-    ("loop: true\nevery: 5m\nparameters: {recipe: face}", "recipe 'face' is not in"),
+    ("loop: true\nevery: 5m\nparameters: {recipe: face}", "recipe 'face' is neither built in nor in"),
     ("notebook: hello.ipynb\nevery: 5m\nretries: some", ":3: retries: 'some' is not allowed"),
     ("notebook: hello.ipynb\nevery: 5m\nnotify: sometimes",
      ":3: notify: 'sometimes' is not allowed: input should be 'never', 'failure' or 'always'"),
